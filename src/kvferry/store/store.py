@@ -1,0 +1,514 @@
+"""The store in process: content-addressed chunks in an arena, with tiers below it.
+
+One lock guards everything. Entries live in `index.Index`; this module knows jobs, leases, owners and tiers, and no
+engine, request or tensor.
+
+A slot that someone may still write to is never used again under them:
+
+===================================  ======================================================================
+a store's lease lapses               its slots are withdrawn, until every rank said done or the owner's
+                                     end is known (`release`). No grace period: a process stopped in the
+                                     middle of a copy may go on at any later time. A copy not yet begun
+                                     is not begun, as the header lost its generation (`Arena.holds`)
+an owner is released                 at once: the caller vouches that the owner's copies have ended
+a load's wait for a tier ends        the entry stays PROMOTING until the tier's thread has returned
+a load's lease lapses                at once: a reader that comes late sees after its copy, by the
+                                     generation, that the bytes may be others, and counts it as failed
+===================================  ======================================================================
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from kvferry.blocks import Geometry, GroupKind, Job, JobKind, Part, Tier
+from kvferry.config import StoreOptions
+from kvferry.errors import ConfigError
+from kvferry.observability.metrics import Meter
+from kvferry.store.arena import ALIGNMENT, Arena
+from kvferry.store.base import ArenaInfo, Match, PollResult
+from kvferry.store.hit import longest_hit, needed_chunks
+from kvferry.store.index import Entry, EntryId, EntryState, Index, Wanted
+from kvferry.store.keys import part_name, root_key
+from kvferry.store.slots import choose_slab_bytes, fits
+from kvferry.store.tier import ByteTier
+
+LEASE_SECONDS = 60.0
+
+
+@dataclass(slots=True, eq=False)
+class _Lease:
+    """A job that ranks work on. `awaited` holds the entries that tiers still fill; `ready_by` bounds that wait."""
+
+    job: Job
+    owner: str
+    deadline: float
+    ready_by: float
+    entries: list[Entry]
+    ranks: set[int]
+    ok: bool = True
+    awaited: set[Entry] = field(default_factory=set)
+
+
+class Store:
+    """A `BlockStore` in this process. Thread-safe.
+
+    tiers: below memory, nearest first; the store owns them. lease_seconds: how long a job may take. clock: seconds,
+    monotonic. ArenaError: shared memory cannot be made.
+    """
+
+    def __init__(
+        self,
+        options: StoreOptions,
+        *,
+        tiers: Sequence[ByteTier] = (),
+        lease_seconds: float = LEASE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._options = options
+        self._tiers = tuple(tiers)
+        self._lease_seconds = lease_seconds
+        self._clock = clock
+        self._arena = Arena.create(int(options.l1_size_gb * 1e9), options.arena_dir)
+        self._index: Index | None = None
+        self._engines: dict[str, dict[int, Geometry]] = {}
+        self._roots: dict[Geometry, bytes] = {}
+        self._leases: dict[int, _Lease] = {}
+        self._lapsed: dict[int, _Lease] = {}
+        """Stores whose lease lapsed while ranks may still write."""
+        self._ready: list[int] = []
+        self._failed: list[int] = []
+        self._writing: Counter[EntryId] = Counter()
+        self._job_ids = itertools.count(1)
+        self._meter = Meter()
+        self._lock = threading.RLock()
+        self._answered = threading.Condition(self._lock)
+        self._closed = False
+
+    def register(self, engine: str, rank: int, geometry: Geometry) -> None:
+        """See `BlockStore.register`. The first geometry decides how the arena is cut."""
+        sizes = [group.part_bytes for group in geometry.groups]
+        if not sizes or min(sizes) <= 0 or not 0 <= rank < geometry.num_ranks or geometry.chunk_tokens < 1:
+            raise ConfigError(f"rank {rank} of engine {engine} declares an impossible geometry: {geometry}")
+        with self._lock:
+            ranks = self._engines.get(engine, {})
+            if any(other != geometry for of, other in ranks.items() if of != rank):
+                raise ConfigError(f"ranks of engine {engine} declare different geometries; rank {rank}: {geometry}")
+            if self._index is None and not self._closed:
+                slab_bytes = choose_slab_bytes(self._arena.info.num_bytes - ALIGNMENT, sizes, geometry.num_ranks)
+                if slab_bytes is not None:
+                    self._arena.cut(slab_bytes)
+                    self._index = Index(self._arena, self._options.eviction_policy)
+            if self._index is None or not fits(self._arena, sizes, geometry.num_ranks):
+                raise ConfigError(
+                    f"a chunk of {geometry.num_ranks} x {sizes} bytes does not fit the arena of "
+                    f"{self._arena.info.num_bytes} bytes: set l1_size_gb higher or chunk_tokens lower"
+                )
+            self._engines.setdefault(engine, {})[rank] = geometry
+            self._roots[geometry] = root_key(geometry)
+
+    def geometry(self, engine: str) -> Geometry | None:
+        """See `BlockStore.geometry`."""
+        with self._lock:
+            ranks = self._engines.get(engine, {})
+            geometry = next(iter(ranks.values()), None)
+            return geometry if geometry is not None and len(ranks) == geometry.num_ranks else None
+
+    def arena(self) -> ArenaInfo:
+        """See `BlockStore.arena`."""
+        return self._arena.info
+
+    def match(self, geometry: Geometry, keys: Sequence[bytes]) -> Match:
+        """See `BlockStore.match`."""
+        with self._lock:
+            self._expire()
+            tiers = [self._locate(geometry, keys, group) for group in range(len(geometry.groups))]
+            num_chunks = longest_hit(geometry, [[tier is not None for tier in of] for of in tiers])
+            farthest = [Tier.MEMORY] * num_chunks
+            for group, of in zip(geometry.groups, tiers, strict=True):
+                for chunk in needed_chunks(group, geometry.chunk_tokens, 0, num_chunks):
+                    tier = of[chunk]
+                    assert tier is not None, "a hit has all that its groups need"
+                    farthest[chunk] = max(farthest[chunk], tier)
+            for tier, count in Counter(farthest).items():
+                self._meter.add(f"matched_chunks_{tier.name.lower()}", count)
+            self._meter.add("unmatched_chunks", len(keys) - num_chunks)
+            return Match(num_chunks, tuple(farthest))
+
+    def begin_load(
+        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, owner: str = "local"
+    ) -> Job | None:
+        """See `BlockStore.begin_load`."""
+        with self._lock:
+            self._expire()
+            wanted = self._wanted(geometry, keys, first_chunk)
+            if self._index is None or self._closed or not wanted:
+                return None
+            entries = [self._index.get(want.id) for _, want in wanted]
+            missing = [want for (_, want), entry in zip(wanted, entries, strict=True) if entry is None]
+            if any(entry is not None and not _loadable(entry) for entry in entries):
+                return None
+            sources = [self._source(want) for want in missing]
+            if any(source is None for source in sources):
+                return None
+            present = [entry for entry in entries if entry is not None]
+            for entry in present:
+                self._index.pin(entry)
+                self._index.touch(entry)
+            promoted = self._index.reserve(missing, EntryState.PROMOTING) if missing else []
+            if promoted is None:
+                for entry in present:
+                    self._index.unpin(entry)
+                self._meter.add("loads_without_room")
+                return None
+            for entry in promoted:
+                self._index.pin(entry)
+                entry.num_awaited = len(entry.slots)
+            lease = self._lease(
+                JobKind.LOAD, geometry, [(chunk, self._entry(want.id)) for chunk, want in wanted], owner
+            )
+            lease.awaited = {entry for entry in lease.entries if entry.state is EntryState.PROMOTING}
+            # Deepest first: a backend that evicts by last use then loses children before parents.
+            for entry, source in reversed([*zip(promoted, sources, strict=True)]):
+                assert source is not None, "sources were looked for"
+                self._promote(entry, source)
+            return lease.job
+
+    def begin_store(
+        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, owner: str = "local"
+    ) -> Job | None:
+        """See `BlockStore.begin_store`. A full-attention part without its parent is not stored: no hit finds it."""
+        with self._lock:
+            self._expire()
+            if self._index is None or self._closed:
+                return None
+            by_chunk: dict[int, list[Wanted]] = {}
+            for chunk, want in self._wanted(geometry, keys, first_chunk):
+                by_chunk.setdefault(chunk, []).append(want)
+            kept = [entry for wants in by_chunk.values() for want in wants if (entry := self._index.get(want.id))]
+            if first_chunk > 0:
+                parents = ((keys[first_chunk - 1], group) for group in range(len(geometry.groups)))
+                kept += [entry for parent in parents if (entry := self._index.get(parent))]
+            for entry in kept:
+                self._index.pin(entry)
+                self._index.touch(entry)
+            reserved: list[tuple[int, Entry]] = []
+            for chunk, wants in sorted(by_chunk.items()):
+                missing = [want for want in wants if self._index.get(want.id) is None]
+                if any(self._is_orphan(geometry, chunk, want) for want in missing):
+                    self._meter.add("orphaned_stores")
+                    break
+                entries = self._index.reserve(missing, EntryState.STORING) if missing else []
+                if entries is None:
+                    self._meter.add("stores_without_room")
+                    break
+                reserved += [(chunk, entry) for entry in entries]
+            for entry in kept:
+                self._index.unpin(entry)
+            return self._lease(JobKind.STORE, geometry, reserved, owner).job if reserved else None
+
+    def done(self, job_id: int, rank: int, ok: bool) -> None:
+        """See `BlockStore.done`."""
+        with self._lock:
+            lease = self._leases.get(job_id) or self._lapsed.get(job_id)
+            if lease is None or rank not in lease.ranks or lease.awaited:
+                self._meter.add("unknown_jobs")
+                return
+            lease.ranks.discard(rank)
+            lease.ok &= ok
+            if lease.ranks:
+                return
+            if self._lapsed.pop(job_id, None):
+                self._give_back(lease)
+                return
+            del self._leases[job_id]
+            if lease.job.kind is JobKind.LOAD:
+                self._meter.add("loaded_bytes" if lease.ok else "failed_loads", _lease_bytes(lease) if lease.ok else 1)
+                self._unpin(lease)
+            elif lease.ok:
+                self._commit(lease)
+            else:
+                self._meter.add("failed_stores")
+                self._drop(lease)
+
+    def cancel(self, job_id: int) -> None:
+        """See `BlockStore.cancel`. Promotions that are under way go on and are committed."""
+        with self._lock:
+            lease = self._leases.pop(job_id, None)
+            if lease is None:
+                self._meter.add("unknown_jobs")
+            else:
+                told = len(lease.ranks) < lease.entries[0].wanted.num_ranks
+                self._end(lease, self._lapse if told else self._drop)
+
+    def release(self, owner: str) -> None:
+        """Return all that `owner` leased. The caller vouches that the owner's copies have ended, as with its death."""
+        with self._lock:
+            for job_id, lease in [*self._leases.items()]:
+                if lease.owner == owner:
+                    del self._leases[job_id]
+                    self._end(lease, self._drop)
+            for job_id, lease in [*self._lapsed.items()]:
+                if lease.owner == owner:
+                    del self._lapsed[job_id]
+                    self._give_back(lease)
+
+    def poll(self, timeout_seconds: float = 0.0) -> PollResult:
+        """See `BlockStore.poll`. A load that its tiers have not answered within `load_deadline_seconds` has failed."""
+        with self._lock:
+            self._expire()
+            waiting = [lease.ready_by for lease in self._leases.values() if lease.awaited]
+            if waiting and timeout_seconds > 0 and not (self._ready or self._failed):
+                timeout_seconds = min(timeout_seconds, max(min(waiting) - self._clock(), 0.0))
+                self._answered.wait_for(lambda: self._ready or self._failed or self._closed, timeout_seconds)
+                self._expire()
+            result = PollResult(tuple(self._ready), tuple(self._failed))
+            self._ready.clear()
+            self._failed.clear()
+            return result
+
+    def stats(self) -> Mapping[str, float]:
+        """See `BlockStore.stats`."""
+        with self._lock:
+            values: dict[str, float] = {**self._meter.snapshot(), "arena_bytes": self._arena.info.num_bytes}
+            values["leases"] = len(self._leases)
+            values["leases_lapsed_writing"] = len(self._lapsed)
+            values["parts_being_written_through"] = self._writing.total()
+            if self._index is not None:
+                values.update(self._index.counts())
+            for tier in self._tiers:
+                values.update(tier.stats())
+            return values
+
+    def check(self) -> None:
+        """See `BlockStore.check`."""
+        with self._lock:
+            if self._index is None:
+                return
+            pins = Counter(self._writing)
+            for entry in self._index:
+                pins[entry.id] += entry.state is EntryState.PROMOTING
+            for lease in self._leases.values():
+                pins.update(entry.id for entry in lease.entries)
+            withdrawn = [slot for lease in self._lapsed.values() for entry in lease.entries for slot in entry.slots]
+            self._index.check(pins, withdrawn)
+
+    def close(self) -> None:
+        """See `BlockStore.close`. Copies of this store's arena must have ended."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._answered.notify_all()
+        for tier in self._tiers:
+            tier.close(self._options.close_deadline_seconds)
+        with self._lock:
+            if self._index is not None:
+                self._index.close()
+            self._arena.close()
+
+    def _wanted(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> list[tuple[int, Wanted]]:
+        """What an engine needs after the last of `keys`, by chunk and then group."""
+        if geometry not in self._roots:
+            return []
+        wanted = []
+        for group, spec in enumerate(geometry.groups):
+            for chunk in needed_chunks(spec, geometry.chunk_tokens, first_chunk, len(keys)):
+                parent = keys[chunk - 1] if chunk else self._roots[geometry]
+                wanted.append((chunk, Wanted((keys[chunk], group), parent, spec.part_bytes, geometry.num_ranks)))
+        wanted.sort(key=lambda item: (item[0], item[1].id[1]))
+        return wanted
+
+    def _entry(self, entry_id: EntryId) -> Entry:
+        entry = self._index.get(entry_id) if self._index is not None else None
+        assert entry is not None, "what was just reserved or pinned is there"
+        return entry
+
+    def _locate(self, geometry: Geometry, keys: Sequence[bytes], group: int) -> list[Tier | None]:
+        """The nearest place of each chunk's group. A full-attention group is looked up to its first gap only."""
+        tiers: list[Tier | None] = []
+        absent: list[int] = []
+        index = self._index
+        if index is None or self._closed or geometry not in self._roots:
+            return [None] * len(keys)
+        for chunk, key in enumerate(keys):
+            entry = index.get((key, group))
+            if entry is None:
+                absent.append(chunk)
+            tiers.append(_tier_of(entry))
+        ranks = range(geometry.num_ranks)
+        for tier in self._tiers if absent else ():
+            names = [part_name(keys[chunk], group, rank) for chunk in absent for rank in ranks]
+            held = tier.contains(names)
+            for position, chunk in enumerate(absent):
+                if tiers[chunk] is None and all(held[position * len(ranks) : (position + 1) * len(ranks)]):
+                    tiers[chunk] = tier.tier
+        return tiers
+
+    def _source(self, want: Wanted) -> ByteTier | None:
+        names = [part_name(*want.id, rank) for rank in range(want.num_ranks)]
+        return next((tier for tier in self._tiers if all(tier.contains(names))), None)
+
+    def _is_orphan(self, geometry: Geometry, chunk: int, want: Wanted) -> bool:
+        if chunk == 0 or geometry.groups[want.id[1]].kind is not GroupKind.FULL:
+            return False
+        assert self._index is not None
+        parent = (want.parent, want.id[1])
+        names = [part_name(*parent, rank) for rank in range(want.num_ranks)]
+        return self._index.get(parent) is None and not any(all(tier.contains(names)) for tier in self._tiers)
+
+    def _lease(self, kind: JobKind, geometry: Geometry, entries: Sequence[tuple[int, Entry]], owner: str) -> _Lease:
+        parts = tuple(Part(chunk, entry.id[1], entry.slots) for chunk, entry in entries)
+        ready = all(entry.state is not EntryState.PROMOTING for _, entry in entries)
+        now = self._clock()
+        lease = _Lease(
+            Job(next(self._job_ids), kind, parts, ready),
+            owner,
+            now + self._lease_seconds,
+            now + self._options.load_deadline_seconds,
+            [entry for _, entry in entries],
+            set(range(geometry.num_ranks)),
+        )
+        self._leases[lease.job.job_id] = lease
+        return lease
+
+    def _promote(self, entry: Entry, source: ByteTier) -> None:
+        entry.source = source.tier
+        for rank, slot in enumerate(entry.slots):
+            source.get(
+                part_name(*entry.id, rank),
+                self._arena.view(slot),
+                partial(self._arrived, entry, len(entry.slots)),
+                timeout_seconds=self._options.load_deadline_seconds,
+            )
+
+    def _arrived(self, entry: Entry, num_parts: int, ok: bool) -> None:
+        """A tier has finished with one part of an entry; called in its thread."""
+        with self._lock:
+            assert self._index is not None
+            entry.num_awaited -= 1
+            entry.failed |= not ok
+            entry.doubtful |= not ok
+            waiting = [lease for lease in self._leases.values() if entry in lease.awaited]
+            if entry.failed:
+                for lease in waiting:
+                    self._fail(lease)
+            if entry.num_awaited:
+                return
+            if entry.failed:
+                self._index.drop(entry)
+                return
+            self._index.commit(entry)
+            entry.doubtful = False
+            self._meter.add("promoted_bytes", entry.num_bytes)
+            for lease in waiting:
+                lease.awaited.discard(entry)
+                if not lease.awaited:
+                    self._ready.append(lease.job.job_id)
+                    self._answered.notify_all()
+
+    def _fail(self, lease: _Lease) -> None:
+        """A load whose tiers did not deliver is over."""
+        del self._leases[lease.job.job_id]
+        self._unpin(lease)
+        self._failed.append(lease.job.job_id)
+        self._meter.add("failed_promotions")
+        self._answered.notify_all()
+
+    def _expire(self) -> None:
+        """End waits and leases whose time is up. Leases lie in the order of their deadlines."""
+        now = self._clock()
+        for lease in [lease for lease in self._leases.values() if lease.awaited and lease.ready_by <= now]:
+            for entry in lease.awaited:
+                if not entry.doubtful:
+                    entry.doubtful = True
+                    self._report_overdue(entry)
+            self._fail(lease)
+        for lease in [*itertools.takewhile(lambda lease: lease.deadline <= now, self._leases.values())]:
+            self._meter.add("lapsed_leases")
+            if lease.awaited:
+                self._fail(lease)
+            else:
+                del self._leases[lease.job.job_id]
+                self._end(lease, self._lapse)
+
+    def _report_overdue(self, entry: Entry) -> None:
+        for tier in self._tiers:
+            tier.overdue([part_name(*entry.id, rank) for rank in range(len(entry.slots))])
+
+    def _commit(self, lease: _Lease) -> None:
+        assert self._index is not None
+        self._meter.add("stored_bytes", _lease_bytes(lease))
+        for entry in lease.entries:
+            self._index.commit(entry)
+        for entry in reversed(lease.entries):
+            for tier in self._tiers:
+                self._write_through(entry, tier)
+
+    def _write_through(self, entry: Entry, tier: ByteTier) -> None:
+        assert self._index is not None
+        names = [part_name(*entry.id, rank) for rank in range(len(entry.slots))]
+        for name, slot, held in zip(names, entry.slots, tier.contains(names), strict=True):
+            if held:
+                continue
+            self._index.pin(entry)
+            self._writing[entry.id] += 1
+            if not tier.put(name, self._arena.view(slot), partial(self._written, entry)):
+                self._written(entry, False)
+
+    def _written(self, entry: Entry, ok: bool) -> None:
+        """A tier needs one part of an entry no more; called in its thread."""
+        with self._lock:
+            assert self._index is not None
+            self._index.unpin(entry)
+            self._writing[entry.id] -= 1
+            if not self._writing[entry.id]:
+                del self._writing[entry.id]
+
+    def _unpin(self, lease: _Lease) -> None:
+        assert self._index is not None
+        for entry in lease.entries:
+            self._index.unpin(entry)
+
+    def _end(self, lease: _Lease, end_store: Callable[[_Lease], None]) -> None:
+        if lease.job.kind is JobKind.LOAD:
+            self._unpin(lease)
+        else:
+            end_store(lease)
+
+    def _drop(self, lease: _Lease) -> None:
+        assert self._index is not None
+        for entry in lease.entries:
+            self._index.drop(entry)
+
+    def _lapse(self, lease: _Lease) -> None:
+        assert self._index is not None
+        for entry in lease.entries:
+            self._index.withdraw(entry)
+        self._lapsed[lease.job.job_id] = lease
+
+    def _give_back(self, lease: _Lease) -> None:
+        assert self._index is not None
+        for entry in lease.entries:
+            self._index.give_back(entry.slots)
+
+
+def _lease_bytes(lease: _Lease) -> int:
+    return sum(entry.num_bytes for entry in lease.entries)
+
+
+def _loadable(entry: Entry) -> bool:
+    return entry.state is EntryState.COMMITTED or (entry.state is EntryState.PROMOTING and not entry.doubtful)
+
+
+def _tier_of(entry: Entry | None) -> Tier | None:
+    """Where a resident entry counts as being. What is on its way counts as where it comes from: it may yet fail."""
+    if entry is None or not _loadable(entry):
+        return None
+    return Tier.MEMORY if entry.state is EntryState.COMMITTED else entry.source

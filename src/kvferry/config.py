@@ -110,7 +110,7 @@ class EngineOptions:
     kv_cache_config: KvCacheConfig = option(KvCacheConfig, "the pool")
     kv_connector_config: KvCacheConnectorConfig | None = option(None, "the connector; default none")
     max_batch_size: int = option(8, "most requests that run at once", ge=1)
-    max_num_tokens: int = option(2048, "most tokens of one forward pass", ge=1)
+    max_num_tokens: int = option(8192, "most tokens of one forward pass", ge=1)
     enable_chunked_prefill: bool = option(True, "whether a prompt may be spread over several forward passes")
     dtype: str = option("auto", "torch's name of the type of weights and pool, or auto")
     device: str = option("auto", "torch's name of the device, or auto")

@@ -101,7 +101,7 @@ class Arena:
         ArenaError: the folder is not the user's own, or the file cannot be made.
         """
         num_bytes = _round_up(num_bytes, ALIGNMENT)
-        path = Path(folder or f"{_SHARED_MEMORY}/kvferry-{os.getuid()}")
+        path = Path(folder) if folder else _default_folder()
         try:
             _make_private(path)
             _remove_stale(path)
@@ -226,7 +226,7 @@ class Arena:
         if self._owner:
             self._path.unlink(missing_ok=True)
         os.close(self._fd)
-        if self._owner:
+        if self._owner and self._path.parent == _default_folder():
             with contextlib.suppress(OSError):  # Another arena lives there.
                 self._path.parent.rmdir()
 
@@ -244,6 +244,10 @@ class Arena:
 
     def _write_state(self, header_offset: int, state: int) -> None:
         _STATE.pack_into(self.buffer, header_offset + _STATE_OFFSET, state)
+
+
+def _default_folder() -> Path:
+    return Path(_SHARED_MEMORY, f"kvferry-{os.getuid()}")
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,0 +1,221 @@
+"""Paged attention behind transformers' attention interface.
+
+A forward pass packs the new tokens of all its sequences into one row. transformers' model code calls `paged_attention`
+once a layer with their queries, keys and values; the keys and values go into the pool, and each sequence attends to
+its own blocks. Knows no request and no policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from kvferry.engine.kv_pool import KV_FACTOR, KvPool
+from kvferry.engine.sequence import Batch, Slice
+from kvferry.errors import RequestError
+
+ATTENTION_NAME = "kvferry_paged"
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+class LayerHooks(Protocol):
+    """Called around each layer's attention."""
+
+    def before_layer(self, layer: int, stream: Any) -> None: ...
+
+    def after_layer(self, layer: int, stream: Any) -> None: ...
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """A slice of a prompt: rows `first` to `last` of the packed row, positions `start` to `end` of its sequence."""
+
+    first: int
+    last: int
+    start: int
+    end: int
+    block_ids: torch.Tensor
+
+
+class PagedBatch:
+    """One forward pass over the pool, prepared once for all layers.
+
+    The packed row holds the decode steps first, one token each, then the prefill slices.
+    """
+
+    def __init__(self, batch: Batch, pool: KvPool, hooks: LayerHooks | None, stream: Any) -> None:
+        self._pool = pool
+        self._hooks = hooks
+        self._stream = stream
+        self._device = pool.tensor.device
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self.num_layers_seen = 0
+        self._clear_begun_blocks(batch)
+        steps = [piece for piece in batch.slices if is_decode_step(piece)]
+        assert steps == batch.slices[: len(steps)], "decode steps come first"
+        self._num_steps = len(steps)
+        self._place_tokens(batch)
+        self._prefills = self._place_prefills(batch.slices[len(steps) :])
+        if steps:
+            self._place_steps(steps)
+
+    def _clear_begun_blocks(self, batch: Batch) -> None:
+        """Zero the blocks that this pass begins and leaves partly filled. Steps attend to whole blocks under a mask, and
+        a masked NaN that an earlier owner left would still be a NaN."""
+        size = self._pool.tokens_per_block
+        begun = [
+            piece.block_ids[piece.end // size]
+            for piece in batch.slices
+            if piece.end % size and piece.start <= piece.end - piece.end % size
+        ]
+        if begun:
+            self._pool.tensor[begun] = 0
+
+    def _place_tokens(self, batch: Batch) -> None:
+        size = self._pool.tokens_per_block
+        positions = [position for piece in batch.slices for position in range(piece.start, piece.end)]
+        blocks = [
+            piece.block_ids[position // size] for piece in batch.slices for position in range(piece.start, piece.end)
+        ]
+        self.positions = torch.tensor(positions, device=self._device)
+        self._token_blocks = torch.tensor(blocks, device=self._device)
+        self._token_offsets = self.positions % size
+
+    def _place_prefills(self, slices: list[Slice]) -> list[_Prefill]:
+        prefills, row = [], self._num_steps
+        for piece in slices:
+            num_blocks = -(-piece.end // self._pool.tokens_per_block)
+            block_ids = torch.tensor(piece.block_ids[:num_blocks], device=self._device)
+            prefills.append(_Prefill(row, row + len(piece.tokens), piece.start, piece.end, block_ids))
+            row += len(piece.tokens)
+        return prefills
+
+    def _place_steps(self, steps: list[Slice]) -> None:
+        """Block tables, padded to the longest with the sequence's own first block, which is filled."""
+        self._step_ends = torch.tensor([piece.end for piece in steps], device=self._device)
+        num_blocks = -(-max(piece.end for piece in steps) // self._pool.tokens_per_block)
+        tables = [
+            piece.block_ids[:num_blocks] + piece.block_ids[:1] * (num_blocks - len(piece.block_ids)) for piece in steps
+        ]
+        self._step_tables = torch.tensor(tables, device=self._device)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Write this layer's keys and values `[1, kv_heads, rows, head_dim]`, attend with `query`
+        `[1, heads, rows, head_dim]`; returns `[1, rows, heads, head_dim]`."""
+        if self._hooks is not None:
+            self._hooks.before_layer(layer, self._stream)
+        self._pool.keys[layer][self._token_blocks, :, self._token_offsets] = key[0].transpose(0, 1)
+        self._pool.values[layer][self._token_blocks, :, self._token_offsets] = value[0].transpose(0, 1)
+        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        if self._num_steps:
+            out[0, : self._num_steps] = self._attend_steps(layer, query[0, :, : self._num_steps], scaling, window)
+        for piece in self._prefills:
+            rows = slice(piece.first, piece.last)
+            attended = self._attend_prefill(
+                layer, piece, query[:, :, rows], (key[:, :, rows], value[:, :, rows]), scaling, window
+            )
+            out[:, rows] = attended.transpose(1, 2)
+        self.num_layers_seen += 1
+        if self._hooks is not None:
+            self._hooks.after_layer(layer, self._stream)
+        return out
+
+    def _attend_prefill(
+        self,
+        layer: int,
+        piece: _Prefill,
+        query: torch.Tensor,
+        fresh: tuple[torch.Tensor, torch.Tensor],
+        scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        if piece.start == 0 and (window is None or piece.end <= window):
+            return F.scaled_dot_product_attention(query, *fresh, is_causal=True, scale=scaling, enable_gqa=True)
+        keys, values = (kv[:, :, : piece.end] for kv in self._gather(layer, piece.block_ids[None]))
+        # Query heads that share a KV head become more queries of that head, so no key is copied per query head.
+        _, heads, rows, head_dim = query.shape
+        packed = query.reshape(1, keys.shape[1], -1, head_dim)
+        mask = self._prefill_mask(piece, heads // keys.shape[1], window)
+        out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
+        return out.view(1, heads, rows, head_dim)
+
+    def _prefill_mask(self, piece: _Prefill, queries_per_head: int, window: int | None) -> torch.Tensor:
+        mask = self._masks.get((piece.first, window))
+        if mask is None:
+            at = torch.arange(piece.start, piece.end, device=self._device)[:, None]
+            seen = torch.arange(piece.end, device=self._device)[None]
+            mask = _visible(at, seen, window).repeat(queries_per_head, 1)
+            self._masks[piece.first, window] = mask
+        return mask
+
+    def _attend_steps(self, layer: int, query: torch.Tensor, scaling: float | None, window: int | None) -> torch.Tensor:
+        """`query` `[heads, steps, head_dim]` to `[steps, heads, head_dim]`."""
+        keys, values = self._gather(layer, self._step_tables)
+        mask = self._masks.get((-1, window))
+        if mask is None:
+            seen = torch.arange(keys.shape[2], device=self._device)
+            mask = _visible((self._step_ends - 1)[:, None], seen[None], window)[:, None, None]
+            self._masks[-1, window] = mask
+        heads, steps, head_dim = query.shape
+        packed = query.transpose(0, 1).reshape(steps, keys.shape[1], -1, head_dim)
+        out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
+        return out.reshape(steps, heads, head_dim)
+
+    def _gather(self, layer: int, tables: torch.Tensor) -> list[torch.Tensor]:
+        """Keys and values, each `[sequences, kv_heads, tokens, head_dim]`, of block `tables` `[sequences, blocks]`."""
+        shape, size = self._pool.shape, self._pool.tokens_per_block
+        gathered = []
+        for factor in range(KV_FACTOR):
+            # Whole blocks by row: index_select would copy the entire pool first if the rows were permuted views.
+            rows = torch.index_select(self._pool.tensor[:, layer, factor], 0, tables.view(-1))
+            blocks = rows.view(*tables.shape, shape.num_heads, size, shape.head_dim)
+            gathered.append(blocks.transpose(1, 2).flatten(2, 3))
+        return gathered
+
+
+def is_decode_step(piece: Slice) -> bool:
+    """Whether a slice is one token with a past: those attend together."""
+    return len(piece.tokens) == 1 and piece.start > 0
+
+
+def _visible(at: torch.Tensor, seen: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Which positions `seen` a token `at` a position attends to: none after it, and only the last `window`."""
+    visible = seen <= at
+    return visible if window is None else visible & (seen > at - window)
+
+
+def paged_attention(  # noqa: PLR0913 - the interface is transformers'
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    kvferry_batch: PagedBatch,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface (`AttentionInterface`). RequestError: the model wants attention of a kind that
+    is not built here, which the warm-up pass finds before any request."""
+    assert attention_mask is None, "this interface has no mask function, so transformers makes no mask"
+    for name in _UNSUPPORTED:
+        if options.get(name) is not None:
+            raise RequestError(f"the embedded engine has no attention with {name}, which this model needs")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    return kvferry_batch.attend(layer, query, key, value, scaling, sliding_window), None
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)

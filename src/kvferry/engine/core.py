@@ -1,0 +1,199 @@
+"""The engine's loop: one thread that schedules, runs passes and hands out tokens. Knows no text and no model files.
+
+Callers talk to it through `submit` and `abort`, from any thread; it answers through each sequence's listener, from its
+own. Only the loop's thread touches the scheduler, the executor and the connector's manager.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvferry.connector.manager import Finished, KvCacheConnectorManager
+from kvferry.engine.executor import Executor
+from kvferry.engine.outputs import FinishReason
+from kvferry.engine.sampling import sample
+from kvferry.engine.scheduler import Plan, Scheduler
+from kvferry.engine.sequence import Batch, Sequence
+from kvferry.errors import EngineDeadError
+
+logger = logging.getLogger("kvferry.engine")
+
+Listener = Callable[[Sequence], bool]
+"""Told of each new token, in the loop's thread; true ends the sequence (a stop string was found)."""
+
+_TRANSFER_POLL_SECONDS = 0.001
+"""How often transfers are asked after when nothing is computed."""
+
+
+class EngineCore:
+    """Runs until `shutdown`. If the loop dies, every sequence ends with ABORT and `failure` says why."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, manager: KvCacheConnectorManager | None) -> None:
+        self.failure: BaseException | None = None
+        self._scheduler = scheduler
+        self._executor = executor
+        self._manager = manager
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._listeners: dict[int, Listener] = {}
+        self._sequences: dict[int, Sequence] = {}
+        self._generators: dict[int, torch.Generator] = {}
+        self._is_closed = False
+        self._close_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="kvferry-engine", daemon=True)
+        self._thread.start()
+
+    # -- any thread --------------------------------------------------------------------------------------------------
+
+    def submit(self, sequence: Sequence, listener: Listener) -> None:
+        """Queue a sequence. EngineDeadError: the engine has ended."""
+        with self._close_lock:
+            if self._is_closed or self.failure is not None:
+                raise EngineDeadError("the engine has ended") from self.failure
+            self._commands.put(lambda: self._add(sequence, listener))
+
+    def abort(self, sequence: Sequence) -> None:
+        """Give a sequence up; its listener is told unless it ended already."""
+        self._commands.put(lambda: self._end(sequence, FinishReason.ABORT))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run a function in the loop's thread between two iterations, and wait. EngineDeadError: it has ended."""
+        done = threading.Event()
+
+        def run() -> None:
+            function()
+            done.set()
+
+        with self._close_lock:
+            if self._is_closed or self.failure is not None:
+                raise EngineDeadError("the engine has ended") from self.failure
+            self._commands.put(run)
+        while not done.wait(0.1):
+            if self.failure is not None:
+                raise EngineDeadError("the engine has ended") from self.failure
+
+    def shutdown(self) -> None:
+        """Abort what runs, tell the connector, end the thread. Further calls do nothing."""
+        with self._close_lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._commands.put(None)
+        self._thread.join()
+
+    # -- the loop's thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                self.step()
+        except BaseException as error:  # the thread boundary: whoever waits must be told
+            self.failure = error
+            logger.exception("the engine's loop ended")
+        finally:
+            for sequence in list(self._sequences.values()):
+                sequence.finish_reason = FinishReason.ABORT
+                self._notify(sequence)
+            if self._manager is not None:
+                self._manager.shutdown()
+
+    def _take_commands(self) -> bool:
+        """Run what callers queued; waits while there is nothing to compute. False: shut down."""
+        while True:
+            try:
+                if self._scheduler.has_requests or self._scheduler.has_transfers:
+                    command = self._commands.get_nowait()
+                else:
+                    command = self._commands.get()
+            except queue.Empty:
+                return True
+            if command is None:
+                for sequence in list(self._sequences.values()):
+                    self._end(sequence, FinishReason.ABORT)
+                return False
+            command()
+
+    def step(self) -> None:
+        """One iteration: plan, tell the connector, compute, ask what transfers ended, hand out tokens."""
+        plan = self._scheduler.schedule()
+        drawn = self._compute(plan)
+        finished = self._manager.collect() if self._manager is not None else Finished()
+        for sequence in self._scheduler.update(plan.batch, drawn, finished):
+            if self._notify(sequence):
+                self._end(sequence, FinishReason.STOP)
+        if not plan.batch.slices and self._scheduler.has_transfers:
+            self._wait_for_transfers()
+
+    def _wait_for_transfers(self) -> None:
+        """Nothing to compute, but transfers run: wait a little, or until a caller wants something."""
+        try:
+            command = self._commands.get(timeout=_TRANSFER_POLL_SECONDS)
+        except queue.Empty:
+            return
+        if command is None:
+            self._commands.put(None)
+        else:
+            command()
+
+    def _compute(self, plan: Plan) -> dict[int, int]:
+        """Run the pass between the connector's hooks; returns each drawing sequence's next token."""
+        manager, stream = self._manager, self._executor.stream
+        if manager is not None and plan.tell_connector:
+            manager.exchange_metadata(plan.output)
+            manager.start_pass(stream)
+        drawn: dict[int, int] = {}
+        if plan.batch.slices:
+            logits = self._executor.forward(plan.batch, manager)
+            drawn = self._draw(plan.batch, logits)
+        if manager is not None and plan.tell_connector:
+            manager.end_pass(stream)
+        return drawn
+
+    def _draw(self, batch: Batch, logits: torch.Tensor) -> dict[int, int]:
+        drawing = [self._sequences[piece.request_id] for piece in batch.slices if piece.draws]
+        if all(sequence.params.temperature == 0 for sequence in drawing):
+            tokens = logits.argmax(-1).tolist()
+            return {sequence.request_id: token for sequence, token in zip(drawing, tokens, strict=True)}
+        return {
+            sequence.request_id: sample(row, sequence.params, self._generator(sequence, row.device))
+            for sequence, row in zip(drawing, logits, strict=True)
+        }
+
+    def _generator(self, sequence: Sequence, device: Any) -> torch.Generator | None:
+        if sequence.params.seed is None:
+            return None
+        generator = self._generators.get(sequence.request_id)
+        if generator is None:
+            generator = torch.Generator(device).manual_seed(sequence.params.seed)
+            self._generators[sequence.request_id] = generator
+        return generator
+
+    def _add(self, sequence: Sequence, listener: Listener) -> None:
+        self._sequences[sequence.request_id] = sequence
+        self._listeners[sequence.request_id] = listener
+        self._scheduler.add(sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.request_id not in self._sequences:
+            return
+        self._scheduler.finish(sequence, reason)
+        self._notify(sequence)
+
+    def _notify(self, sequence: Sequence) -> bool:
+        """Tell the listener; forget a sequence that has ended. True: the listener wants it to end."""
+        now = time.perf_counter()
+        if sequence.first_token_at is None and sequence.num_output_tokens:
+            sequence.first_token_at = now
+        if sequence.finish_reason is not None:
+            sequence.finished_at = now
+        wants_end = self._listeners[sequence.request_id](sequence)
+        if sequence.finish_reason is not None:
+            for table in (self._sequences, self._listeners, self._generators):
+                table.pop(sequence.request_id, None)
+            return False
+        return wants_end

@@ -1,0 +1,62 @@
+"""Runs forward passes of a transformers model over the pool. Knows batches of slices, never queues or requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvferry.engine.attention import LayerHooks, PagedBatch
+from kvferry.engine.kv_pool import KvPool
+from kvferry.engine.sequence import Batch, Slice
+from kvferry.errors import RequestError
+
+
+class Executor:
+    """One rank's model and pool."""
+
+    def __init__(self, model: Any, pool: KvPool) -> None:
+        self._model = model
+        self._pool = pool
+        self._device = pool.tensor.device
+
+    @property
+    def stream(self) -> Any:
+        """The stream that forward passes run on; on a CPU, torch's stand-in for one."""
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else torch.cpu.current_stream()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, hooks: LayerHooks | None) -> torch.Tensor:
+        """Compute the batch; returns logits of shape `[slices that draw, vocab]`, in the order of the slices."""
+        paged = PagedBatch(batch, self._pool, hooks, self.stream)
+        tokens = torch.tensor([[token for piece in batch.slices for token in piece.tokens]], device=self._device)
+        last_rows, row = [], 0
+        for piece in batch.slices:
+            row += len(piece.tokens)
+            if piece.draws:
+                last_rows.append(row - 1)
+        output = self._model(
+            input_ids=tokens,
+            position_ids=paged.positions[None],
+            use_cache=False,
+            logits_to_keep=torch.tensor(last_rows, device=self._device),
+            kvferry_batch=paged,
+        )
+        if paged.num_layers_seen != self._pool.shape.num_layers:
+            raise RequestError(
+                f"{type(self._model).__name__} sent {paged.num_layers_seen} of {self._pool.shape.num_layers} layers "
+                "through transformers' attention interface; the embedded engine needs all of them"
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def warm_up(self) -> None:
+        """One small pass on block 0, which is zeroed afterwards: finds unsupported models and loads kernels before the
+        first request. Its shapes are those of a prefill and of a step."""
+        num_tokens = min(2, self._pool.tokens_per_block)
+        slices = [Slice(request_id=-1, tokens=[0] * num_tokens, start=0, block_ids=[0], draws=True)]
+        self.forward(Batch(slices), None)
+        if self._pool.tokens_per_block > num_tokens:
+            step = Slice(request_id=-1, tokens=[0], start=num_tokens, block_ids=[0], draws=True)
+            self.forward(Batch([step]), None)
+        self._pool.tensor[0].zero_()

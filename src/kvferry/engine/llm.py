@@ -1,0 +1,240 @@
+"""The embedded engine as its users see it: prompts in, text and tokens out."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from types import TracebackType
+from typing import Any, Self, overload
+
+import torch
+
+from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
+from kvferry.connector.config import LlmArgs
+from kvferry.connector.manager import KvCacheConnectorManager
+from kvferry.connector.presets import ConnectorClasses, resolve
+from kvferry.engine.block_manager import BlockManager
+from kvferry.engine.core import EngineCore
+from kvferry.engine.executor import Executor
+from kvferry.engine.handle import GenerationHandle
+from kvferry.engine.kv_pool import KvPool, KvShape, default_max_tokens
+from kvferry.engine.model import load_model
+from kvferry.engine.outputs import RequestOutput
+from kvferry.engine.sampling import SamplingParams
+from kvferry.engine.scheduler import Limits, Scheduler
+from kvferry.engine.sequence import Sequence
+from kvferry.engine.text import Detokenizer
+from kvferry.errors import RequestError
+
+Prompt = str | list[int]
+
+
+class LLM:
+    """A model served by the embedded engine.
+
+    model: a folder, a .gguf file or a hub name. dtype: "auto" or a floating-point type's name. device: "auto" (a GPU if
+    there is one), "cpu", "cuda" or "cuda:1". max_num_tokens: most tokens that one forward pass computes; without
+    chunked prefill no prompt may be longer. Use it as a context manager, or call `shutdown`.
+
+    Raises RequestError (a ValueError) if there is no such model or a limit makes no sense; ConfigError or ConnectorError
+    if the connector cannot be used.
+    """
+
+    def __init__(  # noqa: PLR0913 - a host's options, by keyword
+        self,
+        model: str,
+        *,
+        kv_cache_config: KvCacheConfig | None = None,
+        kv_connector_config: KvCacheConnectorConfig | None = None,
+        max_batch_size: int = 8,
+        max_num_tokens: int = 8192,
+        enable_chunked_prefill: bool = True,
+        dtype: str = "auto",
+        device: str = "auto",
+    ) -> None:
+        if not 1 <= max_batch_size <= max_num_tokens:
+            raise RequestError(
+                f"max_batch_size ({max_batch_size}) must be at least 1 and at most max_num_tokens ({max_num_tokens})"
+            )
+        self._kv_cache_config = kv_cache_config or KvCacheConfig()
+        connector_classes = resolve(kv_connector_config) if kv_connector_config is not None else None
+        torch_device = _find_device(device)
+        self._loaded = load_model(model, dtype, torch_device)
+        self.tokenizer = self._loaded.tokenizer
+        limits = Limits(max_batch_size, max_num_tokens, enable_chunked_prefill, self._loaded.stop_token_ids)
+        self._limits = limits
+        self._pool = self._make_pool(torch_device)
+        executor = Executor(self._loaded.model, self._pool)
+        executor.warm_up()
+        manager = None
+        if connector_classes is not None:
+            assert kv_connector_config is not None
+            manager = _connect(connector_classes, self._llm_args(model, kv_connector_config), self._pool)
+        self.connector_manager = manager
+        self._blocks = BlockManager(
+            self._pool.num_blocks,
+            self._pool.tokens_per_block,
+            enable_reuse=self._kv_cache_config.enable_block_reuse,
+        )
+        self._scheduler = Scheduler(self._blocks, limits, manager)
+        self._core = EngineCore(self._scheduler, executor, manager)
+        self._request_ids = itertools.count(1)
+
+    def _make_pool(self, device: torch.device) -> KvPool:
+        loaded, config, limits = self._loaded, self._kv_cache_config, self._limits
+        dtype = next(loaded.model.parameters()).dtype
+        shape = KvShape(loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, dtype)
+        wanted = limits.max_batch_size * loaded.max_positions
+        max_tokens = config.max_tokens or default_max_tokens(shape, wanted, device)
+        num_blocks = max_tokens // config.tokens_per_block
+        if num_blocks < 1:
+            raise RequestError(f"a pool of {max_tokens} tokens holds no block of {config.tokens_per_block} tokens")
+        return KvPool(shape, num_blocks, config.tokens_per_block, device)
+
+    def _llm_args(self, model: str, connector_config: KvCacheConnectorConfig) -> LlmArgs:
+        return LlmArgs(
+            engine_id=uuid.uuid4().hex,
+            model=model,
+            model_identity=self._loaded.identity,
+            kv_dtype=str(self._pool.shape.dtype).removeprefix("torch."),
+            num_layers=self._loaded.num_layers,
+            num_kv_heads=self._loaded.num_kv_heads,
+            head_dim=self._loaded.head_dim,
+            max_batch_size=self._limits.max_batch_size,
+            max_num_tokens=self._limits.max_num_tokens,
+            kv_cache_config=self._kv_cache_config,
+            kv_connector_config=connector_config,
+            sliding_windows=self._loaded.windows,
+        )
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(
+        self, prompts: Prompt, sampling_params: SamplingParams | list[SamplingParams] | None = None
+    ) -> RequestOutput: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: list[str] | list[list[int]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+    ) -> list[RequestOutput]: ...
+
+    def generate(
+        self, prompts: Any, sampling_params: SamplingParams | list[SamplingParams] | None = None
+    ) -> RequestOutput | list[RequestOutput]:
+        """Generate for one prompt (a string or a list of token ids) or for a list of them, and wait.
+
+        `sampling_params` is one for all prompts or one for each. One prompt gives one output, a list gives a list in
+        the order of the prompts. RequestError: a prompt or value cannot be served; then none of them ran.
+        """
+        is_single = isinstance(prompts, str) or (isinstance(prompts, list) and all(map(_is_token, prompts)))
+        many = [prompts] if is_single else list(prompts)
+        params = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(many)
+        if len(params) != len(many):
+            raise RequestError(f"{len(params)} sampling_params for {len(many)} prompts")
+        sequences = [self._make_sequence(prompt, one) for prompt, one in zip(many, params, strict=True)]
+        handles = [self._submit(sequence, prompt) for sequence, prompt in zip(sequences, many, strict=True)]
+        try:
+            outputs = [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.abort()
+            raise
+        return outputs[0] if is_single else outputs
+
+    def generate_async(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> GenerationHandle:
+        """Start one request and return at once; the handle streams it. RequestError: it cannot be served."""
+        return self._submit(self._make_sequence(prompt, sampling_params), prompt)
+
+    def _make_sequence(self, prompt: Any, params: SamplingParams | None) -> Sequence:
+        """Check a request against every limit, before anything runs."""
+        params = params or SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params must be SamplingParams, not {type(params).__name__}")
+        tokens = self._tokenize(prompt)
+        if not tokens:
+            raise RequestError("the prompt is empty; at least 1 token is needed")
+        if params.stop_strings and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this model's folder has none")
+        vocab_size = self._loaded.vocab_size
+        if bad := next((token for token in tokens if not (_is_token(token) and 0 <= token < vocab_size)), None):
+            raise RequestError(f"{bad!r} is no token id of this model; ids are integers from 0 to {vocab_size - 1}")
+        self._check_length(len(tokens), params.max_tokens)
+        return Sequence(next(self._request_ids), tokens, params)
+
+    def _check_length(self, num_prompt: int, max_tokens: int) -> None:
+        asked = f"a prompt of {num_prompt} tokens and max_tokens={max_tokens}"
+        if num_prompt + max_tokens > self._loaded.max_positions:
+            raise RequestError(f"{asked} exceed the model's limit of {self._loaded.max_positions} tokens")
+        pool_tokens = self._pool.num_blocks * self._pool.tokens_per_block
+        if num_prompt + max_tokens - 1 > pool_tokens:
+            raise RequestError(f"{asked} exceed the pool's limit of {pool_tokens} tokens (kv_cache_config.max_tokens)")
+        if not self._limits.enable_chunked_prefill and num_prompt > self._limits.max_num_tokens:
+            raise RequestError(
+                f"a prompt of {num_prompt} tokens exceeds max_num_tokens={self._limits.max_num_tokens}, "
+                "the limit of one pass without enable_chunked_prefill"
+            )
+
+    def _tokenize(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("this model's folder has no tokenizer: give the prompt as a list of token ids")
+            return list(self.tokenizer.encode(prompt)) if prompt else []
+        if not isinstance(prompt, list):
+            raise RequestError(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
+        return prompt
+
+    def _submit(self, sequence: Sequence, prompt: Any) -> GenerationHandle:
+        text = Detokenizer(self.tokenizer, sequence.params.stop_strings) if self.tokenizer is not None else None
+        handle = GenerationHandle(self._core, sequence, prompt if isinstance(prompt, str) else None, text)
+        self._core.submit(sequence, handle.on_progress)
+        return handle
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Prove that the pool's books are right, between two iterations. InvariantError: they are not."""
+        self._core.call(self._scheduler.check)
+
+    def shutdown(self) -> None:
+        """Abort what runs, let the connector finish, free the pool. Further calls do nothing."""
+        self._core.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+
+def _connect(classes: ConnectorClasses, args: LlmArgs, pool: KvPool) -> KvCacheConnectorManager:
+    """Make both halves in the order the API promises: the worker has its pool before the scheduler half exists."""
+    worker = classes.worker(args)
+    try:
+        worker.register_kv_caches(pool.tensor)
+        scheduler = classes.scheduler(args)
+        scheduler.wait_for_initialization()
+    except BaseException:
+        worker.shutdown()
+        raise
+    return KvCacheConnectorManager(args, worker, scheduler)
+
+
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"{name!r} is no device: {error}") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise RequestError(f"device {name!r} is not to be had here")
+    return device
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

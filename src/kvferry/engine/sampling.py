@@ -1,0 +1,80 @@
+"""What a request asks of generation, and how a token is drawn from logits. Knows no sequence and no schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvferry.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to generate. Greedy by default.
+
+    max_tokens: most tokens to generate, at least 1.
+    temperature: 0 takes the most likely token; above 0 divides the logits before drawing.
+    top_k: draw among the k most likely tokens; 0 means all.
+    top_p: draw among the fewest tokens whose probabilities add up to this, in (0, 1].
+    seed: makes a draw repeatable, whatever else is in the batch; None draws differently each time.
+    stop: strings that end generation; the text ends before the first of them. Needs a tokenizer.
+    ignore_eos: generate on past the model's end-of-sequence tokens.
+    """
+
+    max_tokens: int = 32
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.max_tokens) or self.max_tokens < 1:
+            raise RequestError(f"max_tokens must be an integer of at least 1, not {self.max_tokens!r}")
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise RequestError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
+        if not _is_int(self.top_k) or self.top_k < 0:
+            raise RequestError(f"top_k must be an integer of at least 0 (0: all tokens), not {self.top_k!r}")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p must be a number above 0 and at most 1, not {self.top_p!r}")
+        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**63):
+            raise RequestError(f"seed must be an integer from 0 to 2**63 - 1, not {self.seed!r}")
+        if not all(isinstance(text, str) and text for text in self.stop_strings):
+            raise RequestError(f"stop must be non-empty strings, not {self.stop!r}")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator | None) -> int:
+    """Draw one token id from `logits` of shape `[vocab]`."""
+    import torch
+
+    if params.temperature == 0:
+        return int(logits.argmax())
+    logits = logits.float() / params.temperature
+    if 0 < params.top_k < logits.numel():
+        kth = torch.topk(logits, params.top_k).values[-1]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if params.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        # A token stays if those before it have not reached top_p yet: the first always does.
+        beyond = probabilities.cumsum(-1) - probabilities >= params.top_p
+        logits = logits.scatter(0, order, ordered.masked_fill(beyond, -math.inf))
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))

@@ -1,0 +1,112 @@
+"""A request inside the engine, and one forward pass over several of them. Knows no tensor, no policy, no connector."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field
+
+from kvferry.engine.outputs import FinishReason
+from kvferry.engine.sampling import SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is. Blocks are held from LOADING on, until it is finished and saved."""
+
+    WAITING = "waiting"
+    LOADING = "loading"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One request's tokens, blocks and progress. Satisfies `connector.api.Request`.
+
+    num_computed: tokens whose KV is in the pool. num_pool_tokens of them came with reused blocks,
+    num_connector_matched_tokens from the connector; the rest was computed here.
+    num_committed_blocks: leading blocks that other requests may share. num_told_tokens, num_told_blocks: what the
+    connector was told of in earlier passes.
+    """
+
+    def __init__(self, request_id: int, prompt: AbstractSequence[int], params: SamplingParams) -> None:
+        self.request_id = request_id
+        self.params = params
+        self.tokens = list(prompt)
+        self.num_prompt_tokens = len(self.tokens)
+        self.cache_salt: str | None = None
+        self.lora_id: str | None = None
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.block_ids: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.num_committed_blocks = 0
+        self.num_told_tokens = 0
+        self.num_told_blocks = 0
+        self.num_computed = 0
+        self.num_pool_tokens = 0
+        self.num_connector_matched_tokens = 0
+        self.arrived_at = time.perf_counter()
+        self.first_token_at: float | None = None
+        self.finished_at: float | None = None
+
+    def get_tokens(self, beam: int = 0) -> list[int]:
+        """Prompt and generated tokens; the list itself, not to be changed."""
+        assert beam == 0, "there are no beams"
+        return self.tokens
+
+    @property
+    def hash_root(self) -> bytes:
+        """Start of the chain of block hashes: sequences with other roots share no blocks."""
+        salt, lora = (text.encode() if text is not None else b"" for text in (self.cache_salt, self.lora_id))
+        return b"%d:%b%d:%b" % (len(salt), salt, len(lora), lora)
+
+    @property
+    def output_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """Most tokens whose KV it can ever hold: the last generated token's is never needed."""
+        return self.num_prompt_tokens + self.params.max_tokens - 1
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+
+@dataclass(slots=True)
+class Slice:
+    """A sequence's share of a forward pass: `tokens` at positions `start` and on, with all blocks up to their end.
+
+    draws: whether the last token's logits give the sequence its next token.
+    """
+
+    request_id: int
+    tokens: list[int]
+    start: int
+    block_ids: list[int]
+    draws: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(slots=True)
+class Batch:
+    """One forward pass. Decode steps (slices of one token that have a past) come first, then prefill slices."""
+
+    slices: list[Slice] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(piece.tokens) for piece in self.slices)

@@ -129,11 +129,6 @@ class Store:
         """This process's own mapping of the arena, whose pages are in place already. Copies must end before `close`."""
         return self._arena
 
-    @property
-    def mapping(self) -> Arena:
-        """This process's own mapping of the arena, whose pages are mapped ahead; closed with the store."""
-        return self._arena
-
     def match(self, geometry: Geometry, keys: Sequence[bytes]) -> Match:
         """See `BlockStore.match`."""
         with self._lock:

@@ -45,7 +45,8 @@ class CopyEngine:
     def __init__(self, layout: Layout, arena: memoryview) -> None:
         assert not arena.readonly
         self._layout = layout
-        self._arena = torch.frombuffer(arena, dtype=torch.uint8)
+        # By numpy, which keeps the buffer from being unmapped while the tensor lives; `torch.frombuffer` does not.
+        self._arena = torch.from_numpy(np.frombuffer(memoryview(arena), dtype=np.uint8))
         self._strides = Strides(
             arena_base=self._arena.data_ptr(),
             pool_base=layout.base,
@@ -83,6 +84,7 @@ class CopyEngine:
             if len(part.block_ids) and not 0 <= min(part.block_ids) <= max(part.block_ids) < self._layout.num_blocks:
                 raise IndexError(f"blocks {part.block_ids} are not in a pool of {self._layout.num_blocks} blocks")
 
+    @torch.inference_mode()
     def _copy_cuda(self, direction: Direction, parts: Sequence[PartBlocks], stream: Any) -> None:
         """Host memory of the arena is pageable here, so each copy ends before the call returns."""
         pool, block_bytes = self._layout.pool, self._layout.block_bytes
@@ -114,6 +116,7 @@ def _move(plan: Plan) -> None:
         move(destination, source, size)
 
 
+@torch.inference_mode()
 def self_test(layout: Layout) -> bool:
     """Whether what is written through the engine's own tensor lies where the layout says, in both directions.
 

@@ -1,0 +1,218 @@
+"""The connector behind the preset `kvferry`: the planner and the mover in the two halves of the connector API.
+
+Loads are synchronous: what the planner answers lies in memory already, so a load is one copy at the start of the pass.
+Saves end with their pass. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvferry.config import StoreOptions, load_options
+from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker, Request, SchedulerOutput
+from kvferry.connector.config import LlmArgs
+from kvferry.observability.log import set_level
+from kvferry.offload.embedded import EMBEDDED
+from kvferry.offload.identity import check_chunk_tokens, identity, single_group_geometry
+from kvferry.offload.metadata import PassMetadata, RequestJob
+from kvferry.offload.mover import Mover
+from kvferry.offload.planner import Planner
+from kvferry.store.store import Store
+from kvferry.transfer.copy import CopyEngine, self_test
+from kvferry.transfer.layout import Layout, PoolSpec, UnknownLayout, read_layout
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+def _options(llm_args: LlmArgs) -> StoreOptions:
+    """ConfigError: an option is wrong, or does not fit the engine."""
+    options = load_options(llm_args.kv_connector_config.options)
+    check_chunk_tokens(options.chunk_tokens, llm_args.kv_cache_config.tokens_per_block)
+    set_level(options.log_level)
+    return options
+
+
+class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
+    """The scheduler half. Offers nothing until every rank has registered a pool whose layout is known."""
+
+    def __init__(self, llm_args: LlmArgs) -> None:
+        super().__init__(llm_args)
+        self._options = _options(llm_args)
+        self._store: Store | None = EMBEDDED.acquire(llm_args.engine_id, self._options)
+        self._planner: Planner | None = None
+
+    def wait_for_initialization(self) -> None:
+        geometry = self._store.geometry(self._llm_args.engine_id) if self._store is not None else None
+        if self._store is not None and geometry is not None:
+            self._planner = Planner(
+                self._store,
+                geometry,
+                self._llm_args.kv_cache_config.tokens_per_block,
+                self._options.load_deadline_seconds,
+            )
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        return (self._planner.match(request, num_computed_tokens) if self._planner is not None else 0), False
+
+    def update_state_after_alloc(self, request: Request, block_ids: list[int]) -> None:
+        if self._planner is not None:
+            self._planner.allocated(request, block_ids)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PassMetadata:
+        return self._planner.plan(scheduler_output) if self._planner is not None else PassMetadata()
+
+    def request_finished(self, request: Request, cache_block_ids: list[int]) -> bool:
+        """Nothing is under way between passes, so the engine may have the blocks back at once."""
+        if self._planner is not None:
+            self._planner.finished(request.request_id)
+        return False
+
+    def stats(self) -> Mapping[str, float]:
+        """The store's counters and gauges and the planner's: `load_tokens_memory`, `load_tokens_disk`, ..."""
+        planned = self._planner.meter.snapshot() if self._planner is not None else {}
+        return {**(self._store.stats() if self._store is not None else {}), **planned}
+
+    def shutdown(self) -> None:
+        if self._planner is not None:
+            self._planner.close()
+            self._planner = None
+        self._store = None
+        EMBEDDED.release(self._llm_args.engine_id)
+
+
+class KVFerryConnectorWorker(KvCacheConnectorWorker):
+    """The worker half, one per rank. Does nothing if the store, the layout or the model's identity is missing."""
+
+    def __init__(self, llm_args: LlmArgs) -> None:
+        super().__init__(llm_args)
+        self._options = _options(llm_args)
+        self._store: Store | None = EMBEDDED.acquire(llm_args.engine_id, self._options)
+        self._mover: Mover | None = None
+        self._loads: list[RequestJob] = []
+        """The pass's loads that have not begun."""
+        self._loading: dict[int, int] = {}
+        """Job id to request id of the loads under way."""
+        self._stores: list[RequestJob] = []
+        """The pass's saves that have not begun."""
+        self._failed: set[int] = set()
+        """Requests a load of which failed in this pass: nothing that it computes for them may be kept."""
+        self._unreported: set[int] = set()
+
+    def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
+        """ConfigError: the arena is too small for one chunk."""
+        if self._store is None:
+            return
+        name = identity(self._llm_args)
+        layout = self._known_layout(kv_cache_tensor)
+        if name is None:
+            logger.warning("KV is not kept beyond the engine's pool: the engine cannot name its model's weights")
+        elif isinstance(layout, UnknownLayout):
+            logger.warning("KV is not kept beyond the engine's pool: its layout is unknown: %s", layout.reason)
+        else:
+            chunk_tokens = self._options.chunk_tokens
+            geometry = single_group_geometry(
+                self._llm_args, name, layout.fingerprint(), layout.part_bytes(chunk_tokens), chunk_tokens
+            )
+            self._store.register(self._llm_args.engine_id, self._llm_args.rank, geometry)
+            arena = self._store.mapping
+            engine = CopyEngine(layout, arena.buffer)
+            self._mover = Mover(self._store, arena, [engine], self._llm_args.rank)
+
+    def _known_layout(self, pool: torch.Tensor) -> Layout | UnknownLayout:
+        """The pool's layout, proved on the pool itself, which nobody uses yet."""
+        args = self._llm_args
+        if args.num_kv_heads % args.tensor_parallel_size:
+            return UnknownLayout(f"{args.num_kv_heads} heads on {args.tensor_parallel_size} ranks")
+        spec = PoolSpec(
+            num_layers=args.num_layers,
+            num_heads=args.num_kv_heads // args.tensor_parallel_size,
+            head_dim=args.head_dim,
+            tokens_per_block=args.kv_cache_config.tokens_per_block,
+            dtype=args.kv_dtype,
+        )
+        layout = read_layout(pool, spec)
+        if isinstance(layout, Layout) and not self_test(layout):
+            return UnknownLayout("bytes written to the pool were not found where they should be")
+        return layout
+
+    def bind_connector_meta(self, metadata: object) -> None:
+        """The pass before may have broken off: what it left is given up before the next begins."""
+        self._give_up_pass()
+        super().bind_connector_meta(metadata)
+        assert isinstance(metadata, PassMetadata)
+        self._loads = list(metadata.loads)
+        self._stores = list(metadata.stores)
+        self._failed = set(metadata.lost_loads)
+        self._unreported.update(self._failed)
+
+    def start_load_kv(self, stream: Any) -> None:
+        if self._mover is not None:
+            loads, self._loads = self._loads, []
+            for load in loads:
+                self._loading[load.job.job_id] = load.request_id
+                self._mover.begin_load(load.job, stream)
+
+    def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
+        """All layers are awaited before the first: on two cores 83 MB take 11 ms, a twentieth of the pass."""
+        self._end_loads()
+
+    def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
+        """Saved at the end of the pass, all layers of a block in one copy."""
+
+    def wait_for_save(self, stream: Any) -> None:
+        """Save what the pass completed, but nothing that it computed from a load that failed."""
+        self._end_loads()
+        if self._mover is not None:
+            stores, self._stores = self._stores, []
+            for store in stores:
+                if store.request_id in self._failed:
+                    self._mover.give_up(store.job)
+            self._mover.save([store.job for store in stores if store.request_id not in self._failed], stream)
+        self._clear_connector_meta()
+
+    def get_finished(
+        self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
+    ) -> tuple[list[int], list[int]]:
+        """Nothing is asynchronous, so nothing is ever offered."""
+        return [], []
+
+    def take_failed_loads(self) -> list[int]:
+        failed, self._unreported = list(self._unreported), set()
+        return failed
+
+    def stats(self) -> Mapping[str, float]:
+        """The mover's counters."""
+        return self._mover.meter.snapshot() if self._mover is not None else {}
+
+    def shutdown(self) -> None:
+        self._give_up_pass()
+        if self._mover is not None:
+            self._mover.close()
+            self._mover = None
+        self._store = None
+        EMBEDDED.release(self._llm_args.engine_id)
+
+    def _end_loads(self) -> None:
+        """Wait for the pass's loads; those that were never begun have failed."""
+        if self._mover is None or not (self._loads or self._loading):
+            return
+        loads, self._loads = self._loads, []
+        loading, self._loading = self._loading, {}
+        for load in loads:
+            self._mover.give_up(load.job)
+        failed = {load.request_id for load in loads} | {loading[job_id] for job_id in self._mover.end_loads()}
+        self._failed |= failed
+        self._unreported |= failed
+
+    def _give_up_pass(self) -> None:
+        """End the jobs of a pass that never came to its end."""
+        self._end_loads()
+        if self._mover is not None:
+            for store in self._stores:
+                self._mover.give_up(store.job)
+        self._stores = []

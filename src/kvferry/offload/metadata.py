@@ -1,0 +1,38 @@
+"""What the planner tells the movers for one forward pass. Plain values that msgspec encodes; never a tensor."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvferry.blocks import Slot
+
+
+class PartCopy(msgspec.Struct, frozen=True):
+    """Blocks `first_block` and on of one part: `slots[rank]` is where the part lies, `block_ids` where they are."""
+
+    group: int
+    slots: tuple[Slot, ...]
+    first_block: int
+    block_ids: list[int]
+
+
+class CopyJob(msgspec.Struct, frozen=True):
+    """The copies of one of the store's jobs. Each rank copies its slots and tells the store that it is done."""
+
+    job_id: int
+    parts: list[PartCopy]
+
+
+class RequestJob(msgspec.Struct, frozen=True):
+    """A job and the request that it is for."""
+
+    request_id: int
+    job: CopyJob
+
+
+class PassMetadata(msgspec.Struct, frozen=True):
+    """The jobs of one pass. lost_loads: requests whose load was promised but cannot be made any more: failed loads."""
+
+    loads: list[RequestJob] = msgspec.field(default_factory=list)
+    stores: list[RequestJob] = msgspec.field(default_factory=list)
+    lost_loads: list[int] = msgspec.field(default_factory=list)

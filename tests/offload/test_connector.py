@@ -156,15 +156,27 @@ def overwrite_leased_slots(engine: FakeEngine) -> None:
             break
 
 
-def test_a_load_whose_slots_changed_hands_is_computed_instead(make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("when", ["before the copy", "during the copy"])
+def test_a_load_whose_slots_changed_hands_is_computed_instead(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
     engine = make_engine(args=NO_REUSE, l1_size_gb=0.0001)
     cold = engine.run(prompt(40), max_tokens=3)
+    submit = CopyEngine.submit
 
-    def lose_once() -> None:
+    def lose_once(*_: object) -> None:
         engine.before_pass = lambda: None
         overwrite_leased_slots(engine)
 
-    engine.before_pass = lose_once
+    def submit_late(self: CopyEngine, *arguments: Any) -> Any:
+        monkeypatch.undo()
+        lose_once()
+        return submit(self, *arguments)
+
+    if when == "before the copy":
+        engine.before_pass = lose_once
+    else:
+        monkeypatch.setattr(CopyEngine, "submit", submit_late)
     assert engine.run(prompt(40), max_tokens=3).tokens == cold.tokens
     assert engine.num_failed_loads == 1
     engine.run(prompt(40), max_tokens=3)
@@ -190,10 +202,8 @@ def test_a_copy_that_fails_costs_its_job_alone(
             raise OSError("the bus is on fire")
 
     def broken(self: CopyEngine, way: Direction, *arguments: Any) -> Any:
-        copy = submit(self, way, *arguments)
         if way is not direction or not next(failures, False):
-            return copy
-        copy.wait()
+            return submit(self, way, *arguments)
         if when == "submit":
             raise OSError("the bus is on fire")
         return BrokenCopy()

@@ -27,6 +27,7 @@ from kvferry.engine.sequence import Sequence
 from kvferry.offload.connector import KVFerryConnectorScheduler, KVFerryConnectorWorker
 from kvferry.testing.fake_engine import FakeEngine, fake_llm_args
 from kvferry.transfer.copy import CopyEngine
+from kvferry.transfer.plan import Direction
 
 NUM_BLOCKS = 40
 MAX_TOKENS = 120
@@ -112,13 +113,16 @@ class EngineLife(RuleBasedStateMachine):
 
         self.engine.before_pass = jump
 
-    @rule()
-    def next_copy_fails(self) -> None:
-        with pytest.MonkeyPatch.context() as patch:
+    @rule(failing=st.sampled_from(Direction))
+    def copies_of_a_pass_fail(self, failing: Direction) -> None:
+        submit = CopyEngine.submit
 
-            def broken(*arguments: Any) -> Any:
+        def broken(copier: CopyEngine, direction: Direction, *arguments: Any) -> Any:
+            if direction is failing:
                 raise OSError("the bus is on fire")
+            return submit(copier, direction, *arguments)
 
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(CopyEngine, "submit", broken)
             self.engine.step()
 

@@ -240,14 +240,18 @@ def test_a_match_that_is_not_taken_whole_is_no_load(hand: Hand, num_taken: int) 
 
 
 def test_a_pool_that_changed_since_the_match_loses_the_load(hand: Hand) -> None:
-    hand.keep(prompt(48))
-    request = FakeRequest(1, prompt(49))
-    hand.admit(request, num_pool_tokens=8)
-    metadata = hand.first_pass(request, 9, num_pool_tokens=4)
-    assert metadata.lost_loads == [1]
-    assert not metadata.loads
-    assert not metadata.stores
+    """Nor is anything saved: until the engine puts the request back, it computes on tokens that were not loaded."""
+    hand.keep(prompt(17))
+    request = FakeRequest(1, prompt(16) + prompt(40, seed=4))
+    assert hand.admit(request, num_pool_tokens=8) == 8
+    metadata = hand.first_pass(request, 40, num_pool_tokens=4)
+    assert metadata == PassMetadata(lost_loads=[1])
     assert hand.num_leases() == 0
+    metadata = hand.later_pass(request, computed=4, num_scheduled=52)
+    assert [copies(order.job) for order in metadata.stores] == [
+        [(0, request.block_ids[4:8]), (0, request.block_ids[8:12])]
+    ]
+    hand.finish_jobs(metadata)
 
 
 def test_a_promise_that_was_forgotten_is_a_failed_load(hand: Hand) -> None:

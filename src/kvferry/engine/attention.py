@@ -64,8 +64,10 @@ class PagedBatch:
             self._place_steps(steps)
 
     def _clear_begun_blocks(self, batch: Batch) -> None:
-        """Zero the blocks that this pass begins and leaves partly filled. Steps attend to whole blocks under a mask, and
-        a masked NaN that an earlier owner left would still be a NaN."""
+        """Zero the blocks that this pass begins and leaves partly filled.
+
+        Steps attend to whole blocks under a mask, and a masked NaN that an earlier owner left is still a NaN.
+        """
         size = self._pool.tokens_per_block
         begun = [
             piece.block_ids[piece.end // size]

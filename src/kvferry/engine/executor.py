@@ -39,7 +39,7 @@ class Executor:
             input_ids=tokens,
             position_ids=paged.positions[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(last_rows, device=self._device),
+            logits_to_keep=torch.tensor(last_rows, dtype=torch.long, device=self._device),
             kvferry_batch=paged,
         )
         if paged.num_layers_seen != self._pool.shape.num_layers:

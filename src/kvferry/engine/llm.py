@@ -36,8 +36,8 @@ class LLM:
     there is one), "cpu", "cuda" or "cuda:1". max_num_tokens: most tokens that one forward pass computes; without
     chunked prefill no prompt may be longer. Use it as a context manager, or call `shutdown`.
 
-    Raises RequestError (a ValueError) if there is no such model or a limit makes no sense; ConfigError or ConnectorError
-    if the connector cannot be used.
+    Raises RequestError (a ValueError) if there is no such model or a limit makes no sense. ConfigError, ConnectorError:
+    the connector cannot be used.
     """
 
     def __init__(  # noqa: PLR0913 - a host's options, by keyword

@@ -47,11 +47,12 @@ class ModelSource:
 class LoadedModel:
     """A model ready to run, and the facts of it that the engine needs.
 
-    identity: digest of config and all weights. tokenizer: None where the folder has none. windows: each layer's sliding
+    source: the files it was loaded from. identity: digest of config and all weights. tokenizer: None where the folder has none. windows: each layer's sliding
     window in tokens, or None.
     """
 
     model: Any
+    source: ModelSource
     tokenizer: Any
     identity: str
     num_layers: int
@@ -64,7 +65,7 @@ class LoadedModel:
 
 
 def find_model(name: str) -> ModelSource:
-    """Resolve a folder, a .gguf file, a packaged model's hub name or any hub name. RequestError: it is none of these."""
+    """Resolve a folder, .gguf file, packaged model's hub name or any hub name. RequestError: none of these."""
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(str(path.parent), path.name)
@@ -88,7 +89,7 @@ def load_model(name: str, dtype: str, device: torch.device) -> LoadedModel:
         model = AutoModelForCausalLM.from_pretrained(source.name_or_path, dtype=_dtype_option(dtype), **source.options)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError(f"{name} is no model that transformers can load: {error}") from error
-    return prepare_model(model, _load_tokenizer(source), device)
+    return _prepare(model, source, device)
 
 
 def _unpack_gguf(source: ModelSource) -> ModelSource:
@@ -120,8 +121,8 @@ def _unpack_gguf(source: ModelSource) -> ModelSource:
     return ModelSource(str(folder))
 
 
-def prepare_model(model: Any, tokenizer: Any, device: torch.device) -> LoadedModel:
-    """Take a transformers causal model into the engine: its attention goes through the pool from here on."""
+def _prepare(model: Any, source: ModelSource, device: torch.device) -> LoadedModel:
+    """Turn the model's attention to the pool, and collect what the engine must know of it."""
     if not model._supports_attention_backend:  # noqa: SLF001 - transformers has no public question for it
         raise RequestError(f"{type(model).__name__} does not use transformers' attention interface")
     config = model.config.get_text_config()
@@ -133,7 +134,8 @@ def prepare_model(model: Any, tokenizer: Any, device: torch.device) -> LoadedMod
     model = model.to(device).eval()
     return LoadedModel(
         model=model,
-        tokenizer=tokenizer,
+        source=source,
+        tokenizer=_load_tokenizer(source),
         identity=identity,
         num_layers=config.num_hidden_layers,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,

@@ -1,0 +1,48 @@
+"""Tiny models with random weights, in the shapes of well-known families: real transformers code, made in a moment.
+
+They have no tokenizer: prompts are token ids.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+VOCAB_SIZE = 128
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    # Wide weights spread the logits, so that equal tokens mean equal computing and not one favourite token.
+    "initializer_range": 0.4,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "mistral": ("MistralConfig", {"sliding_window": 24, "head_dim": 8}),
+}
+
+FAMILIES = tuple(_FAMILIES)
+"""Names that `make_model` knows."""
+
+
+def make_model(family: str, folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a float32 model of a family to `folder` and return it. `overrides` replace fields of its config."""
+    import torch
+    import transformers
+
+    config_class, extra = _FAMILIES[family]
+    config = getattr(transformers, config_class)(**{**_SIZES, **extra, **overrides})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder

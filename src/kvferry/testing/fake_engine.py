@@ -122,6 +122,8 @@ class FakeEngine:
         plan = self.scheduler.schedule()
         wrong: set[int] = set()
         drawn: dict[int, int] = {}
+        for data in plan.output.new_requests:
+            self._spoil(data.request_id)
         if plan.tell_connector:
             self.manager.exchange_metadata(plan.output)
             self.before_pass()
@@ -147,6 +149,11 @@ class FakeEngine:
             self.abort(sequence)
         self.manager.shutdown()
         assert not self.manager.num_errors, self.manager.num_errors
+
+    def _spoil(self, request_id: int) -> None:
+        """A new request's blocks beyond the pool's hit may still hold the right bytes from an earlier one: not here."""
+        sequence = self._sequences[request_id]
+        self.pool[sequence.block_ids[sequence.num_pool_tokens // TOKENS_PER_BLOCK :]] = _GARBAGE
 
     def _compute(self, batch: Batch, drawn: dict[int, int]) -> set[int]:
         """Fill in the batch's KV and draw tokens; returns the requests whose past is not what it must be."""

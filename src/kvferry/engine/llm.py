@@ -159,8 +159,8 @@ class LLM:
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model's folder has none")
         vocab_size = self._loaded.vocab_size
-        if bad := next((token for token in tokens if not (_is_token(token) and 0 <= token < vocab_size)), None):
-            raise RequestError(f"{bad!r} is no token id of this model; ids are integers from 0 to {vocab_size - 1}")
+        if bad := [token for token in tokens if not (_is_token(token) and 0 <= token < vocab_size)]:
+            raise RequestError(f"{bad[0]!r} is no token id of this model; ids are integers from 0 to {vocab_size - 1}")
         self._check_length(len(tokens), params.max_tokens)
         return Sequence(next(self._request_ids), tokens, params)
 

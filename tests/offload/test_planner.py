@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from kvferry.blocks import Geometry, GroupKind, GroupSpec
+from kvferry.blocks import Geometry, GroupKind, GroupSpec, Tier
 from kvferry.config import StoreOptions
 from kvferry.connector.api import NO_BLOCK, RequestData, SchedulerOutput
 from kvferry.offload.metadata import CopyJob, PartCopy, PassMetadata
 from kvferry.offload.planner import Planner
+from kvferry.store.keys import chunk_keys, root_key
 from kvferry.store.store import Store
+from kvferry.store.tier import ByteTier
 
 BLOCK, CHUNK = 4, 16
 GEOMETRY = Geometry("weights", "layout", CHUNK, 1, (GroupSpec(GroupKind.FULL, (0,), 4096),))
@@ -319,6 +323,61 @@ def test_chunks_without_room_are_saved_once_there_is_some(hand: Hand, tmp_path: 
     store.check()
     small.planner.close()
     store.close()
+
+
+class StuckStore:
+    """A backend that has everything and hands over nothing until `release` is set; then it has nothing."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+
+    def put(self, name: bytes, view: memoryview) -> None:
+        pass
+
+    def get_into(self, name: bytes, view: memoryview) -> bool:
+        assert self.release.wait(60)
+        return False
+
+    def contains(self, names: Sequence[bytes]) -> list[bool]:
+        return [True] * len(names)
+
+    def delete(self, names: Sequence[bytes]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_lower_tier_that_is_slow_or_empty_leaves_what_is_in_memory(tmp_path: Path, answers: bool) -> None:
+    backend = StuckStore()
+    options = StoreOptions(
+        chunk_tokens=CHUNK, l1_size_gb=0.002, arena_dir=str(tmp_path / "arena"), load_deadline_seconds=0.05
+    )
+    store = Store(options, tiers=[ByteTier(backend, Tier.DISK)])
+    store.register("engine", 0, GEOMETRY)
+    planner = Planner(store, GEOMETRY, BLOCK, load_deadline_seconds=60 if answers else 0.05)
+    hand = Hand(store, planner)
+    job = store.begin_store(GEOMETRY, planner_keys(33), 0)
+    assert job is not None
+    store.done(job.job_id, 0, ok=True)
+    if answers:
+        backend.release.set()
+
+    started = time.monotonic()
+    request = FakeRequest(1, prompt(100))
+    assert hand.admit(request) == 32
+    assert time.monotonic() - started < 30
+    metadata = hand.first_pass(request, 68)
+    hand.finish_jobs(metadata)
+    assert hand.num_leases() == 0
+    backend.release.set()
+    planner.close()
+    store.close()
+
+
+def planner_keys(num_tokens: int) -> list[bytes]:
+    return chunk_keys(root_key(GEOMETRY), prompt(num_tokens), CHUNK)
 
 
 def test_metadata_survives_msgpack(hand: Hand) -> None:

@@ -47,11 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Stream one completion."""
+    from transformers.utils.logging import disable_progress_bar
+
     from kvferry import LLM, SamplingParams
     from kvferry.config import load_options
     from kvferry.observability.log import set_level
 
     set_level(load_options().log_level)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     params = SamplingParams(
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,

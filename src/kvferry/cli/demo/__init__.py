@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from kvferry.cli.demo.document import Prompts
     from kvferry.cli.demo.report import Step
-    from kvferry.cli.demo.steps import Answer
+    from kvferry.cli.demo.steps import Answer, Setting
 
-STEPS = ("1 cold", "2 in the engine's pool", "3 in host memory", "4 on disk, new process")
+STEPS = ("1 cold", "2 engine's pool", "3 host memory", "4 disk, restarted")
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -40,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run all steps, print the table, save the chart."""
     from rich.console import Console
+    from rich.markup import escape
 
     from kvferry.cli.demo.report import make_table, save_chart
+    from kvferry.cli.demo.steps import Setting
 
     out = Path(arguments.out)
     try:
@@ -50,9 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out}: {error.strerror}") from error
     console = Console()
     with tempfile.TemporaryDirectory(prefix="kvferry-demo-") as disk_path:
-        steps = _run_steps(arguments.model, disk_path, console)
+        steps = _run_steps(Setting(arguments.model, disk_path), console)
     for step in steps:
-        console.print(f"[bold]{step.question}[/] [dim]{step.answer.text.strip()}[/]", highlight=False)
+        answer = escape(" ".join(step.answer.text.split()))
+        console.print(f"[bold]{step.question}[/] [dim]{answer} ...[/]", highlight=False)
     console.print(make_table(steps))
     chart = out / "ttft.png"
     save_chart(steps, chart)
@@ -60,57 +63,56 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if all(step.is_same for step in steps) else 1
 
 
-def _run_steps(model: str, disk_path: str, console: Console) -> list[Step]:
+def _run_steps(setting: Setting, console: Console) -> list[Step]:
     from kvferry.cli.demo.report import Step
-    from kvferry.cli.demo.steps import POOL_TOKENS, Question, ask_in_new_process
+    from kvferry.cli.demo.steps import Question, ask_in_new_process
 
-    prompts, expected = _run_without_kvferry(model, console)
-    answers = [*_run_in_one_engine(model, disk_path, prompts, console)]
+    prompts, expected = _run_without_reuse(setting, console)
+    answers = [*_run_in_one_engine(setting, prompts, console)]
     with _working(console, f"Step {STEPS[3]}"):
-        answers.append(ask_in_new_process(Question(model, prompts.token_ids[3], POOL_TOKENS, disk_path)))
+        answers.append(ask_in_new_process(Question(setting, prompts.token_ids[3])))
     return [
         Step(name, question, answer, is_same=answer.token_ids == reference.token_ids)
         for name, question, answer, reference in zip(STEPS, prompts.questions, answers, expected, strict=True)
     ]
 
 
-def _run_without_kvferry(model: str, console: Console) -> tuple[Prompts, list[Answer]]:
+def _run_without_reuse(setting: Setting, console: Console) -> tuple[Prompts, list[Answer]]:
     """The prompts, and what an engine answers that computes each of them from its first token."""
     from kvferry.cli.demo.document import make_prompts
-    from kvferry.cli.demo.steps import CHUNK_TOKENS, NUM_CHUNKS, POOL_TOKENS, ask, open_engine
+    from kvferry.cli.demo.steps import ask, open_engine_without_reuse
     from kvferry.errors import RequestError
 
-    with _working(console, f"Loading {model}"):
-        engine = open_engine(model, POOL_TOKENS, disk_path=None)
+    with _working(console, f"Loading {setting.model}"):
+        engine = open_engine_without_reuse(setting)
     with engine as llm:
         if not getattr(llm.tokenizer, "chat_template", None):
-            raise RequestError(f"the demo needs a model with a tokenizer and a chat template; {model} has none")
-        prompts = make_prompts(llm.tokenizer, NUM_CHUNKS * CHUNK_TOKENS)
+            raise RequestError(f"the demo needs a tokenizer with a chat template, and {setting.model} has none")
+        prompts = make_prompts(llm.tokenizer, setting.num_chunks * setting.chunk_tokens)
         answers = []
         for question, token_ids in zip(prompts.questions, prompts.token_ids, strict=True):
             with _working(console, f"What to expect, with the cache off: {question}"):
-                answers.append(ask(llm, token_ids))
+                answers.append(ask(llm, token_ids, setting.num_generated_tokens))
     return prompts, answers
 
 
-def _run_in_one_engine(model: str, disk_path: str, prompts: Prompts, console: Console) -> Iterator[Answer]:
+def _run_in_one_engine(setting: Setting, prompts: Prompts, console: Console) -> Iterator[Answer]:
     """Steps 1 to 3. The engine's end leaves everything on disk."""
     from kvferry.cli.demo.document import make_other_prompts
-    from kvferry.cli.demo.steps import POOL_TOKENS, ask, open_engine
+    from kvferry.cli.demo.steps import ask, open_engine
 
-    with _working(console, f"Loading {model} with kvferry"):
-        engine = open_engine(model, POOL_TOKENS, disk_path)
+    with _working(console, f"Loading {setting.model} with kvferry"):
+        engine = open_engine(setting)
     with engine as llm:
-        with _working(console, f"Step {STEPS[0]}"):
-            yield ask(llm, prompts.token_ids[0])
-        with _working(console, f"Step {STEPS[1]}"):
-            yield ask(llm, prompts.token_ids[1])
+        for index in range(2):
+            with _working(console, f"Step {STEPS[index]}"):
+                yield ask(llm, prompts.token_ids[index], setting.num_generated_tokens)
         with _working(console, "Other prompts push the document out of the pool"):
             # Two of a little more than half the pool: the second finds no block free but the document's last ones.
-            for token_ids in make_other_prompts(llm.tokenizer, 2, POOL_TOKENS * 11 // 20):
+            for token_ids in make_other_prompts(llm.tokenizer, 2, setting.pool_tokens * 11 // 20):
                 ask(llm, token_ids, num_tokens=1)
         with _working(console, f"Step {STEPS[2]}"):
-            yield ask(llm, prompts.token_ids[2])
+            yield ask(llm, prompts.token_ids[2], setting.num_generated_tokens)
 
 
 @contextlib.contextmanager

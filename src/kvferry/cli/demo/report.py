@@ -34,13 +34,29 @@ class Step:
 
 def make_table(steps: Sequence[Step]) -> Table:
     """Every step's tokens by source, TTFT and verdict."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="The same document, asked about again and again", title_justify="left")
-    table.add_column("step")
-    for heading in ("prompt", "pool", "memory", "disk", "recomputed", "TTFT", "faster"):
-        table.add_column(heading, justify="right")
-    table.add_column("same tokens as\nwithout kvferry")
+    table = Table(
+        title="One document, asked about again and again",
+        caption="same tokens: compared one by one with an engine that computes everything",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    table.add_column("step", no_wrap=True)
+    for heading in (
+        "prompt\ntokens",
+        "from\npool",
+        "from\nmemory",
+        "from\ndisk",
+        "re-\ncomputed",
+        "TTFT",
+        "times\nfaster",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("same\ntokens", no_wrap=True)
     for step in steps:
         answer = step.answer
         table.add_row(

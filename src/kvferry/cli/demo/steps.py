@@ -17,27 +17,30 @@ from kvferry.errors import EngineDeadError, InvariantError
 if TYPE_CHECKING:
     from kvferry import LLM
 
-NUM_CHUNKS = 7
-CHUNK_TOKENS = 256
-TOKENS_PER_BLOCK = 32
-POOL_TOKENS = (NUM_CHUNKS + 1) * CHUNK_TOKENS
-"""Small on purpose: it holds one prompt."""
-NUM_GENERATED_TOKENS = 24
-ARENA_GB = 0.6
-DISK_GB = 2.0
+
+class Setting(msgspec.Struct, frozen=True):
+    """What the demo runs with. The questions share `num_chunks` chunks; the pool is small: it holds one prompt."""
+
+    model: str
+    disk_path: str
+    num_chunks: int = 7
+    chunk_tokens: int = 256
+    tokens_per_block: int = 32
+    pool_tokens: int = 2048
+    num_generated_tokens: int = 24
+    arena_gb: float = 0.6
+    disk_gb: float = 2.0
 
 
 class Question(msgspec.Struct, frozen=True):
-    """What a step's engine is to do. pool_tokens: tokens that the engine's pool holds."""
+    """What the last step's process is to do."""
 
-    model: str
+    setting: Setting
     token_ids: list[int]
-    pool_tokens: int
-    disk_path: str
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a step's engine did. `num_computed_tokens` + those from pool, memory and disk is the prompt's length."""
+    """What an engine did with a prompt. Tokens from pool, memory and disk and those computed are the prompt's."""
 
     num_pool_tokens: int
     num_memory_tokens: int
@@ -52,29 +55,41 @@ class Answer(msgspec.Struct, frozen=True):
         return self.num_pool_tokens + self.num_memory_tokens + self.num_disk_tokens + self.num_computed_tokens
 
 
-def open_engine(model: str, pool_tokens: int, disk_path: str | None) -> LLM:
-    """An engine with the connector `kvferry`; without a disk path, one that keeps nothing from prompt to prompt.
+def open_engine(setting: Setting) -> LLM:
+    """An engine with the connector `kvferry`, in memory and on disk."""
+    from kvferry import KvCacheConfig, KvCacheConnectorConfig
 
-    Float32 and greedy, so that the same KV gives the same tokens.
-    """
-    from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig
+    options = {
+        "chunk_tokens": setting.chunk_tokens,
+        "l1_size_gb": setting.arena_gb,
+        "disk_path": setting.disk_path,
+        "disk_size_gb": setting.disk_gb,
+    }
+    pool = KvCacheConfig(tokens_per_block=setting.tokens_per_block, max_tokens=setting.pool_tokens)
+    return _open(setting.model, pool, KvCacheConnectorConfig(connector="kvferry", options=options))
 
-    connector = None
-    if disk_path is not None:
-        options = {
-            "chunk_tokens": CHUNK_TOKENS,
-            "l1_size_gb": ARENA_GB,
-            "disk_path": disk_path,
-            "disk_size_gb": DISK_GB,
-        }
-        connector = KvCacheConnectorConfig(connector="kvferry", options=options)
+
+def open_engine_without_reuse(setting: Setting) -> LLM:
+    """An engine that computes every prompt from its first token."""
+    from kvferry import KvCacheConfig
+
     pool = KvCacheConfig(
-        tokens_per_block=TOKENS_PER_BLOCK, max_tokens=pool_tokens, enable_block_reuse=disk_path is not None
+        tokens_per_block=setting.tokens_per_block, max_tokens=setting.pool_tokens, enable_block_reuse=False
     )
+    return _open(setting.model, pool, None)
+
+
+def _open(model: str, pool: Any, connector: Any) -> LLM:
+    """Float32 and, by default, greedy: so the same KV gives the same tokens."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from kvferry import LLM
+
+    disable_progress_bar()
     return LLM(model, kv_cache_config=pool, kv_connector_config=connector, max_batch_size=1, dtype="float32")
 
 
-def ask(llm: LLM, token_ids: list[int], num_tokens: int = NUM_GENERATED_TOKENS) -> Answer:
+def ask(llm: LLM, token_ids: list[int], num_tokens: int) -> Answer:
     """Put one prompt to the engine. Where loaded tokens lay before is read from the connector's own counters."""
     from kvferry import SamplingParams
 
@@ -118,8 +133,8 @@ def _load_counts(llm: LLM) -> tuple[int, int]:
 
 def _main() -> None:
     question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
-    with open_engine(question.model, question.pool_tokens, question.disk_path) as llm:
-        answer = ask(llm, question.token_ids)
+    with open_engine(question.setting) as llm:
+        answer = ask(llm, question.token_ids, question.setting.num_generated_tokens)
     sys.stdout.buffer.write(msgspec.json.encode(answer))
 
 

@@ -133,7 +133,8 @@ class ByteTier:
         with self._changed:
             if not (self._closed or self._reads.is_open):
                 self._gets.append(_Task(name, view, on_done, self._clock() + timeout_seconds))
-                self._changed.notify()
+                # All: the thread that probes waits here as well, and would keep a single wake-up to itself.
+                self._changed.notify_all()
                 return
         self.forget([name])
         on_done(False)
@@ -148,7 +149,7 @@ class ByteTier:
                 return False
             self._queued_bytes += num_bytes
             self._puts.append(_Task(name, view, on_done, 0.0))
-            self._changed.notify()
+            self._changed.notify_all()
             return True
 
     def forget(self, names: Sequence[PartName]) -> None:

@@ -219,13 +219,19 @@ class Arena:
         return at is not None and _STATE.unpack_from(self.buffer, at)[0] == slot.generation
 
     def close(self) -> None:
-        """Unmap, and as the owner remove the file. Memory that tensors or views still use lives as long as they."""
+        """Unmap, and as the owner remove the file. Memory that tensors or views still use lives as long as they.
+
+        Calling it again does nothing.
+        """
+        if self._fd < 0:
+            return
         with contextlib.suppress(BufferError):  # A view of a caller is alive; the mapping goes with it.
             self.buffer.release()
             self._map.close()
         if self._owner:
             self._path.unlink(missing_ok=True)
         os.close(self._fd)
+        self._fd = -1
         if self._owner and self._path.parent == _default_folder():
             with contextlib.suppress(OSError):  # Another arena lives there.
                 self._path.parent.rmdir()

@@ -19,15 +19,12 @@ a load's lease lapses                at once: a reader that comes late sees afte
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 
-from kvferry.blocks import Geometry, GroupKind, Job, JobKind, Part, Tier
+from kvferry.blocks import Geometry, GroupKind, Job, JobKind, Tier
 from kvferry.config import StoreOptions
 from kvferry.errors import ConfigError
 from kvferry.observability.metrics import Meter
@@ -35,25 +32,13 @@ from kvferry.store.arena import ALIGNMENT, Arena
 from kvferry.store.base import ArenaInfo, Match, PollResult
 from kvferry.store.hit import longest_hit, needed_chunks
 from kvferry.store.index import Entry, EntryId, EntryState, Index, Wanted
-from kvferry.store.keys import part_name, root_key
+from kvferry.store.keys import root_key
+from kvferry.store.leases import Lease, LeaseTable
 from kvferry.store.slots import choose_slab_bytes, fits
+from kvferry.store.stack import TierStack
 from kvferry.store.tier import ByteTier
 
 LEASE_SECONDS = 60.0
-
-
-@dataclass(slots=True, eq=False)
-class _Lease:
-    """A job that ranks work on. `awaited` holds the entries that tiers still fill; `ready_by` bounds that wait."""
-
-    job: Job
-    owner: str
-    deadline: float
-    ready_by: float
-    entries: list[Entry]
-    ranks: set[int]
-    ok: bool = True
-    awaited: set[Entry] = field(default_factory=set)
 
 
 class Store:
@@ -72,20 +57,16 @@ class Store:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
-        self._tiers = tuple(tiers)
-        self._lease_seconds = lease_seconds
+        self._tiers = TierStack(tiers)
         self._clock = clock
         self._arena = Arena.create(int(options.l1_size_gb * 1e9), options.arena_dir)
         self._index: Index | None = None
         self._engines: dict[str, dict[int, Geometry]] = {}
         self._roots: dict[Geometry, bytes] = {}
-        self._leases: dict[int, _Lease] = {}
-        self._lapsed: dict[int, _Lease] = {}
-        """Stores whose lease lapsed while ranks may still write."""
+        self._leases = LeaseTable(lease_seconds, options.load_deadline_seconds)
         self._ready: list[int] = []
         self._failed: list[int] = []
         self._writing: Counter[EntryId] = Counter()
-        self._job_ids = itertools.count(1)
         self._meter = Meter()
         self._lock = threading.RLock()
         self._answered = threading.Condition(self._lock)
@@ -159,7 +140,7 @@ class Store:
             missing = [want for (_, want), entry in zip(wanted, entries, strict=True) if entry is None]
             if any(entry is not None and not _loadable(entry) for entry in entries):
                 return None
-            sources = [self._source(want) for want in missing]
+            sources = [self._tiers.source(want.id, want.num_ranks) for want in missing]
             if any(source is None for source in sources):
                 return None
             present = [entry for entry in entries if entry is not None]
@@ -175,14 +156,14 @@ class Store:
             for entry in promoted:
                 self._index.pin(entry)
                 entry.num_awaited = len(entry.slots)
-            lease = self._lease(
-                JobKind.LOAD, geometry, [(chunk, self._entry(want.id)) for chunk, want in wanted], owner
-            )
-            lease.awaited = {entry for entry in lease.entries if entry.state is EntryState.PROMOTING}
+            leased = [(chunk, self._entry(want.id)) for chunk, want in wanted]
+            lease = self._leases.open(JobKind.LOAD, leased, owner, self._clock())
             # Deepest first: a backend that evicts by last use then loses children before parents.
             for entry, source in reversed([*zip(promoted, sources, strict=True)]):
                 assert source is not None, "sources were looked for"
-                self._promote(entry, source)
+                entry.source = source.tier
+                seconds = self._options.load_deadline_seconds
+                self._tiers.promote(entry, source, self._arena.view, self._arrived, seconds)
             return lease.job
 
     def begin_store(
@@ -216,12 +197,12 @@ class Store:
                 reserved += [(chunk, entry) for entry in entries]
             for entry in kept:
                 self._index.unpin(entry)
-            return self._lease(JobKind.STORE, geometry, reserved, owner).job if reserved else None
+            return self._leases.open(JobKind.STORE, reserved, owner, self._clock()).job if reserved else None
 
     def done(self, job_id: int, rank: int, ok: bool) -> None:
         """See `BlockStore.done`."""
         with self._lock:
-            lease = self._leases.get(job_id) or self._lapsed.get(job_id)
+            lease = self._leases.find(job_id)
             if lease is None or rank not in lease.ranks or lease.awaited:
                 self._meter.add("unknown_jobs")
                 return
@@ -229,12 +210,12 @@ class Store:
             lease.ok &= ok
             if lease.ranks:
                 return
-            if self._lapsed.pop(job_id, None):
+            was_lapsed = self._leases.is_lapsed(lease)
+            self._leases.end(lease)
+            if was_lapsed:
                 self._give_back(lease)
-                return
-            del self._leases[job_id]
-            if lease.job.kind is JobKind.LOAD:
-                self._meter.add("loaded_bytes" if lease.ok else "failed_loads", _lease_bytes(lease) if lease.ok else 1)
+            elif lease.job.kind is JobKind.LOAD:
+                self._meter.add("loaded_bytes" if lease.ok else "failed_loads", lease.num_bytes if lease.ok else 1)
                 self._unpin(lease)
             elif lease.ok:
                 self._commit(lease)
@@ -245,32 +226,31 @@ class Store:
     def cancel(self, job_id: int) -> None:
         """See `BlockStore.cancel`. Promotions that are under way go on and are committed."""
         with self._lock:
-            lease = self._leases.pop(job_id, None)
-            if lease is None:
+            lease = self._leases.find(job_id)
+            if lease is None or self._leases.is_lapsed(lease):
                 self._meter.add("unknown_jobs")
             else:
-                told = len(lease.ranks) < lease.entries[0].wanted.num_ranks
-                self._end(lease, self._lapse if told else self._drop)
+                was_told = len(lease.ranks) < lease.entries[0].wanted.num_ranks
+                self._take_back(lease, writing=was_told)
 
     def release(self, owner: str) -> None:
         """Return all that `owner` leased. The caller vouches that the owner's copies have ended, as with its death."""
         with self._lock:
-            for job_id, lease in [*self._leases.items()]:
+            for lease in self._leases:
                 if lease.owner == owner:
-                    del self._leases[job_id]
-                    self._end(lease, self._drop)
-            for job_id, lease in [*self._lapsed.items()]:
+                    self._take_back(lease, writing=False)
+            for lease in self._leases.lapsed:
                 if lease.owner == owner:
-                    del self._lapsed[job_id]
+                    self._leases.end(lease)
                     self._give_back(lease)
 
     def poll(self, timeout_seconds: float = 0.0) -> PollResult:
         """See `BlockStore.poll`. A load that its tiers have not answered within `load_deadline_seconds` has failed."""
         with self._lock:
             self._expire()
-            waiting = [lease.ready_by for lease in self._leases.values() if lease.awaited]
-            if waiting and timeout_seconds > 0 and not (self._ready or self._failed):
-                timeout_seconds = min(timeout_seconds, max(min(waiting) - self._clock(), 0.0))
+            ready_by = self._leases.next_ready_by()
+            if ready_by is not None and timeout_seconds > 0 and not (self._ready or self._failed):
+                timeout_seconds = min(timeout_seconds, max(ready_by - self._clock(), 0.0))
                 self._answered.wait_for(lambda: self._ready or self._failed or self._closed, timeout_seconds)
                 self._expire()
             result = PollResult(tuple(self._ready), tuple(self._failed))
@@ -283,26 +263,20 @@ class Store:
         with self._lock:
             values: dict[str, float] = {**self._meter.snapshot(), "arena_bytes": self._arena.info.num_bytes}
             values["leases"] = len(self._leases)
-            values["leases_lapsed_writing"] = len(self._lapsed)
+            values["leases_lapsed_writing"] = len(self._leases.lapsed)
             values["parts_being_written_through"] = self._writing.total()
             if self._index is not None:
                 values.update(self._index.counts())
-            for tier in self._tiers:
-                values.update(tier.stats())
-            return values
+            return {**values, **self._tiers.stats()}
 
     def check(self) -> None:
         """See `BlockStore.check`."""
         with self._lock:
             if self._index is None:
                 return
-            pins = Counter(self._writing)
-            for entry in self._index:
-                pins[entry.id] += entry.state is EntryState.PROMOTING
-            for lease in self._leases.values():
-                pins.update(entry.id for entry in lease.entries)
-            withdrawn = [slot for lease in self._lapsed.values() for entry in lease.entries for slot in entry.slots]
-            self._index.check(pins, withdrawn)
+            filling = Counter(entry.id for entry in self._index if entry.state is EntryState.PROMOTING)
+            withdrawn = [slot for lease in self._leases.lapsed for slot in lease.slots]
+            self._index.check(self._writing + filling + self._leases.pins(), withdrawn)
 
     def close(self) -> None:
         """See `BlockStore.close`. Copies of this store's arena must have ended."""
@@ -311,8 +285,7 @@ class Store:
                 return
             self._closed = True
             self._answered.notify_all()
-        for tier in self._tiers:
-            tier.close(self._options.close_deadline_seconds)
+        self._tiers.close(self._options.close_deadline_seconds)
         with self._lock:
             if self._index is not None:
                 self._index.close()
@@ -336,71 +309,33 @@ class Store:
         return entry
 
     def _locate(self, geometry: Geometry, keys: Sequence[bytes], group: int) -> list[Tier | None]:
-        """The nearest place of each chunk's group. A full-attention group is looked up to its first gap only."""
-        tiers: list[Tier | None] = []
-        absent: list[int] = []
+        """The nearest place of this group of each chunk."""
         index = self._index
         if index is None or self._closed or geometry not in self._roots:
             return [None] * len(keys)
-        for chunk, key in enumerate(keys):
-            entry = index.get((key, group))
-            if entry is None:
-                absent.append(chunk)
-            tiers.append(_tier_of(entry))
-        ranks = range(geometry.num_ranks)
-        for tier in self._tiers if absent else ():
-            names = [part_name(keys[chunk], group, rank) for chunk in absent for rank in ranks]
-            held = tier.contains(names)
-            for position, chunk in enumerate(absent):
-                if tiers[chunk] is None and all(held[position * len(ranks) : (position + 1) * len(ranks)]):
-                    tiers[chunk] = tier.tier
+        entries = [index.get((key, group)) for key in keys]
+        tiers = [_tier_of(entry) for entry in entries]
+        absent = [chunk for chunk, entry in enumerate(entries) if entry is None]
+        below = self._tiers.locate([keys[chunk] for chunk in absent], group, geometry.num_ranks)
+        for chunk, tier in zip(absent, below, strict=True):
+            tiers[chunk] = tier
         return tiers
-
-    def _source(self, want: Wanted) -> ByteTier | None:
-        names = [part_name(*want.id, rank) for rank in range(want.num_ranks)]
-        return next((tier for tier in self._tiers if all(tier.contains(names))), None)
 
     def _is_orphan(self, geometry: Geometry, chunk: int, want: Wanted) -> bool:
         if chunk == 0 or geometry.groups[want.id[1]].kind is not GroupKind.FULL:
             return False
         assert self._index is not None
         parent = (want.parent, want.id[1])
-        names = [part_name(*parent, rank) for rank in range(want.num_ranks)]
-        return self._index.get(parent) is None and not any(all(tier.contains(names)) for tier in self._tiers)
+        return self._index.get(parent) is None and self._tiers.source(parent, want.num_ranks) is None
 
-    def _lease(self, kind: JobKind, geometry: Geometry, entries: Sequence[tuple[int, Entry]], owner: str) -> _Lease:
-        parts = tuple(Part(chunk, entry.id[1], entry.slots) for chunk, entry in entries)
-        ready = all(entry.state is not EntryState.PROMOTING for _, entry in entries)
-        now = self._clock()
-        lease = _Lease(
-            Job(next(self._job_ids), kind, parts, ready),
-            owner,
-            now + self._lease_seconds,
-            now + self._options.load_deadline_seconds,
-            [entry for _, entry in entries],
-            set(range(geometry.num_ranks)),
-        )
-        self._leases[lease.job.job_id] = lease
-        return lease
-
-    def _promote(self, entry: Entry, source: ByteTier) -> None:
-        entry.source = source.tier
-        for rank, slot in enumerate(entry.slots):
-            source.get(
-                part_name(*entry.id, rank),
-                self._arena.view(slot),
-                partial(self._arrived, entry, len(entry.slots)),
-                timeout_seconds=self._options.load_deadline_seconds,
-            )
-
-    def _arrived(self, entry: Entry, num_parts: int, ok: bool) -> None:
+    def _arrived(self, entry: Entry, ok: bool) -> None:
         """A tier has finished with one part of an entry; called in its thread."""
         with self._lock:
             assert self._index is not None
             entry.num_awaited -= 1
             entry.failed |= not ok
             entry.doubtful |= not ok
-            waiting = [lease for lease in self._leases.values() if entry in lease.awaited]
+            waiting = self._leases.waiting_for(entry)
             if entry.failed:
                 for lease in waiting:
                     self._fail(lease)
@@ -418,54 +353,42 @@ class Store:
                     self._ready.append(lease.job.job_id)
                     self._answered.notify_all()
 
-    def _fail(self, lease: _Lease) -> None:
+    def _fail(self, lease: Lease) -> None:
         """A load whose tiers did not deliver is over."""
-        del self._leases[lease.job.job_id]
+        self._leases.end(lease)
         self._unpin(lease)
         self._failed.append(lease.job.job_id)
         self._meter.add("failed_promotions")
         self._answered.notify_all()
 
     def _expire(self) -> None:
-        """End waits and leases whose time is up. Leases lie in the order of their deadlines."""
+        """End waits and leases whose time is up."""
         now = self._clock()
-        for lease in [lease for lease in self._leases.values() if lease.awaited and lease.ready_by <= now]:
+        for lease in self._leases.overdue(now):
             for entry in lease.awaited:
                 if not entry.doubtful:
                     entry.doubtful = True
-                    self._report_overdue(entry)
+                    self._tiers.overdue(entry)
             self._fail(lease)
-        for lease in [*itertools.takewhile(lambda lease: lease.deadline <= now, self._leases.values())]:
+        for lease in self._leases.expired(now):
             self._meter.add("lapsed_leases")
             if lease.awaited:
                 self._fail(lease)
             else:
-                del self._leases[lease.job.job_id]
-                self._end(lease, self._lapse)
+                self._take_back(lease, writing=True)
 
-    def _report_overdue(self, entry: Entry) -> None:
-        for tier in self._tiers:
-            tier.overdue([part_name(*entry.id, rank) for rank in range(len(entry.slots))])
-
-    def _commit(self, lease: _Lease) -> None:
+    def _commit(self, lease: Lease) -> None:
         assert self._index is not None
-        self._meter.add("stored_bytes", _lease_bytes(lease))
+        self._meter.add("stored_bytes", lease.num_bytes)
         for entry in lease.entries:
             self._index.commit(entry)
         for entry in reversed(lease.entries):
-            for tier in self._tiers:
-                self._write_through(entry, tier)
+            self._tiers.write(entry, self._arena.view, self._writing_begins, self._written)
 
-    def _write_through(self, entry: Entry, tier: ByteTier) -> None:
-        assert self._index is not None
-        names = [part_name(*entry.id, rank) for rank in range(len(entry.slots))]
-        for name, slot, held in zip(names, entry.slots, tier.contains(names), strict=True):
-            if held:
-                continue
-            self._index.pin(entry)
-            self._writing[entry.id] += 1
-            if not tier.put(name, self._arena.view(slot), partial(self._written, entry)):
-                self._written(entry, False)
+    def _writing_begins(self, entry: Entry) -> None:
+        assert self._index is not None, "what is written was reserved"
+        self._index.pin(entry)
+        self._writing[entry.id] += 1
 
     def _written(self, entry: Entry, ok: bool) -> None:
         """A tier needs one part of an entry no more; called in its thread."""
@@ -476,36 +399,33 @@ class Store:
             if not self._writing[entry.id]:
                 del self._writing[entry.id]
 
-    def _unpin(self, lease: _Lease) -> None:
+    def _unpin(self, lease: Lease) -> None:
         assert self._index is not None
         for entry in lease.entries:
             self._index.unpin(entry)
 
-    def _end(self, lease: _Lease, end_store: Callable[[_Lease], None]) -> None:
+    def _take_back(self, lease: Lease, *, writing: bool) -> None:
+        """End a job that will not be done. `writing`: its ranks may still write to its slots, if it is a store."""
+        assert self._index is not None
         if lease.job.kind is JobKind.LOAD:
+            self._leases.end(lease)
             self._unpin(lease)
+        elif writing:
+            self._leases.lapse(lease)
+            for entry in lease.entries:
+                self._index.withdraw(entry)
         else:
-            end_store(lease)
+            self._leases.end(lease)
+            self._drop(lease)
 
-    def _drop(self, lease: _Lease) -> None:
+    def _drop(self, lease: Lease) -> None:
         assert self._index is not None
         for entry in lease.entries:
             self._index.drop(entry)
 
-    def _lapse(self, lease: _Lease) -> None:
+    def _give_back(self, lease: Lease) -> None:
         assert self._index is not None
-        for entry in lease.entries:
-            self._index.withdraw(entry)
-        self._lapsed[lease.job.job_id] = lease
-
-    def _give_back(self, lease: _Lease) -> None:
-        assert self._index is not None
-        for entry in lease.entries:
-            self._index.give_back(entry.slots)
-
-
-def _lease_bytes(lease: _Lease) -> int:
-    return sum(entry.num_bytes for entry in lease.entries)
+        self._index.give_back(lease.slots)
 
 
 def _loadable(entry: Entry) -> bool:

@@ -1,0 +1,114 @@
+"""Jobs under way: who works on which entries, and until when. Knows entries by identity; not where their bytes are.
+
+Callers serialise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from kvferry.blocks import Job, JobKind, Part, Slot
+from kvferry.store.index import Entry, EntryId, EntryState
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A job that ranks work on.
+
+    deadline: when the lease lapses. ready_by: when the wait for lower tiers ends. ranks: those that have not said done.
+    ok: whether all that have said so were. awaited: the entries that tiers still fill.
+    """
+
+    job: Job
+    owner: str
+    deadline: float
+    ready_by: float
+    entries: list[Entry]
+    ranks: set[int]
+    ok: bool = True
+    awaited: set[Entry] = field(default_factory=set)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.entries)
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [slot for entry in self.entries for slot in entry.slots]
+
+
+class LeaseTable:
+    """Leases by job id: the live ones, and lapsed stores whose ranks may still write."""
+
+    def __init__(self, lease_seconds: float, ready_seconds: float) -> None:
+        self._lease_seconds = lease_seconds
+        self._ready_seconds = ready_seconds
+        self._job_ids = itertools.count(1)
+        self._live: dict[int, Lease] = {}
+        """In the order of their deadlines, as all leases are equally long."""
+        self._lapsed: dict[int, Lease] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Lease]:
+        return iter([*self._live.values()])
+
+    @property
+    def lapsed(self) -> list[Lease]:
+        return [*self._lapsed.values()]
+
+    def open(self, kind: JobKind, entries: Sequence[tuple[int, Entry]], owner: str, now: float) -> Lease:
+        """A new lease on entries, each with the number of its chunk, for a job of all their ranks."""
+        parts = tuple(Part(chunk, entry.id[1], entry.slots) for chunk, entry in entries)
+        awaited = {entry for _, entry in entries if entry.state is EntryState.PROMOTING}
+        lease = Lease(
+            Job(next(self._job_ids), kind, parts, ready=not awaited),
+            owner,
+            now + self._lease_seconds,
+            now + self._ready_seconds,
+            [entry for _, entry in entries],
+            set(range(len(entries[0][1].slots))),
+            awaited=awaited,
+        )
+        self._live[lease.job.job_id] = lease
+        return lease
+
+    def find(self, job_id: int) -> Lease | None:
+        """The lease, live or lapsed."""
+        return self._live.get(job_id) or self._lapsed.get(job_id)
+
+    def is_lapsed(self, lease: Lease) -> bool:
+        return lease.job.job_id in self._lapsed
+
+    def end(self, lease: Lease) -> None:
+        """The job is over."""
+        self._live.pop(lease.job.job_id, None)
+        self._lapsed.pop(lease.job.job_id, None)
+
+    def lapse(self, lease: Lease) -> None:
+        """The job is over for all but the ranks that may still write."""
+        self._lapsed[lease.job.job_id] = self._live.pop(lease.job.job_id)
+
+    def waiting_for(self, entry: Entry) -> list[Lease]:
+        """Live leases that wait for a tier to fill this entry."""
+        return [lease for lease in self._live.values() if entry in lease.awaited]
+
+    def overdue(self, now: float) -> list[Lease]:
+        """Live leases whose tiers have not answered in time."""
+        return [lease for lease in self._live.values() if lease.awaited and lease.ready_by <= now]
+
+    def expired(self, now: float) -> list[Lease]:
+        """Live leases whose deadline has come."""
+        return [*itertools.takewhile(lambda lease: lease.deadline <= now, self._live.values())]
+
+    def next_ready_by(self) -> float | None:
+        """When the first wait for lower tiers ends; None: nobody waits."""
+        return min((lease.ready_by for lease in self._live.values() if lease.awaited), default=None)
+
+    def pins(self) -> Counter[EntryId]:
+        """How many live leases each entry has."""
+        return Counter(entry.id for lease in self._live.values() for entry in lease.entries)

@@ -1,0 +1,187 @@
+"""Shared memory: who may map it, what is left behind, and what a full file system does."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvferry.blocks import Slot
+from kvferry.errors import ArenaError
+from kvferry.store.arena import COMMITTED, FREE, RESERVED, Arena, SlotHeader
+
+SLAB_BYTES = 64 << 10
+MakeArena = Callable[..., Arena]
+
+
+@pytest.fixture
+def make_arena(tmp_path: Path) -> Iterator[MakeArena]:
+    made: list[Arena] = []
+
+    def make(num_bytes: int = 1 << 20) -> Arena:
+        made.append(Arena.create(num_bytes, str(tmp_path / "arenas")))
+        made[-1].cut(SLAB_BYTES)
+        return made[-1]
+
+    yield make
+    for arena in made:
+        arena.close()
+    assert not list((tmp_path / "arenas").glob("*"))
+
+
+def header(slot: Slot, state: int) -> SlotHeader:
+    return SlotHeader(slot.generation, state, slot.num_bytes, 1, 2, 3, bytes(16), b"k" * 32, b"p" * 32)
+
+
+def test_the_file_and_its_folder_are_the_users_alone(make_arena: MakeArena) -> None:
+    path = Path(make_arena().info.path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_an_open_or_foreign_folder_is_refused(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(ArenaError, match="open to other users: its mode is 777"):
+        Arena.create(1 << 20, str(shared))
+    link = tmp_path / "link"
+    link.symlink_to(shared)
+    with pytest.raises(ArenaError, match="is not a folder of user"):
+        Arena.create(1 << 20, str(link))
+    with pytest.raises(ArenaError, match="no arena can be made"):
+        Arena.create(1 << 20, str(Path(__file__) / "below a file"))
+
+
+def test_only_what_is_claimed_has_memory(make_arena: MakeArena) -> None:
+    arena = make_arena(1 << 24)
+
+    def occupied() -> int:
+        return Path(arena.info.path).stat().st_blocks * 512
+
+    before = occupied()
+    arena.claim(3)
+    assert occupied() - before == SLAB_BYTES
+    assert before < SLAB_BYTES
+
+
+def test_a_worker_sees_what_the_owner_wrote(make_arena: MakeArena) -> None:
+    owner = make_arena()
+    owner.claim(2)
+    offset = owner.format_slab(2, 4096, rank=2)[3]
+    slot = Slot(offset, 4000, 17)
+    owner.write_header(slot, header(slot, RESERVED))
+    worker = Arena.attach(owner.info)
+    assert worker.slab_bytes == SLAB_BYTES
+    assert worker.holds(slot)
+    np.frombuffer(worker.view(slot), dtype=np.uint8)[:] = 7
+    assert bytes(owner.view(slot)) == b"\7" * 4000
+    owner.set_state(slot, COMMITTED)
+    assert worker.read_header(slot) == header(slot, COMMITTED)
+    owner.set_state(slot, FREE)
+    assert not worker.holds(slot)
+    worker.close()
+
+
+def test_slots_are_aligned_apart_and_contiguous(make_arena: MakeArena) -> None:
+    arena = make_arena()
+    for slab, stride in enumerate((64, 640, 4096, 12288)):
+        arena.claim(slab)
+        offsets = arena.format_slab(slab, stride, rank=0)
+        assert np.diff(offsets).tolist() == [stride] * (len(offsets) - 1)
+        assert offsets[0] % 4096 == 0
+        end = offsets[-1] + stride
+        assert arena.slab_of(offsets[0]) == arena.slab_of(end - 1) == slab
+        assert end + stride + 4096 > 4096 + (slab + 1) * SLAB_BYTES
+
+
+def test_a_slab_cut_anew_forgets_its_slots(make_arena: MakeArena) -> None:
+    arena = make_arena()
+    arena.claim(0)
+    old = [Slot(offset, 64, 1 + index) for index, offset in enumerate(arena.format_slab(0, 64, rank=0))]
+    for slot in old:
+        arena.write_header(slot, header(slot, COMMITTED))
+    assert all(map(arena.holds, old))
+    arena.format_slab(0, 640, rank=0)
+    assert not any(map(arena.holds, old))
+    assert arena.read_header(Slot(old[1].offset, 64, 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_bytes": 1 << 21}, "has 1048576 bytes, expected 2097152"),
+        ({"boot_id": "0" * 32}, "belongs to another store"),
+        ({"path": "/dev/shm/no-such.arena"}, "cannot be opened"),
+    ],
+)
+def test_a_worker_trusts_only_the_arena_it_was_told_of(
+    make_arena: MakeArena, change: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(ArenaError, match=reason):
+        Arena.attach(dataclasses.replace(make_arena().info, **change))
+
+
+def test_a_file_that_is_no_arena_is_refused(make_arena: MakeArena) -> None:
+    arena = make_arena()
+    Path(arena.info.path).write_bytes(bytes(1 << 20))
+    with pytest.raises(ArenaError, match="is no arena of format 1"):
+        Arena.attach(arena.info)
+
+
+def test_arenas_of_dead_owners_are_removed_and_of_living_ones_kept(make_arena: MakeArena) -> None:
+    living = make_arena()
+    folder = str(Path(living.info.path).parent)
+    program = (
+        "import sys, time; from kvferry.store.arena import Arena;"
+        "arena = Arena.create(1 << 20, sys.argv[1]); print(arena.info.path, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, folder], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    dead = Path(process.stdout.readline().strip())
+    process.stdout.close()
+    make_arena()
+    assert dead.exists(), "its owner lives"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    make_arena()
+    assert not dead.exists()
+    assert Path(living.info.path).exists()
+
+
+def test_views_outlive_the_mapping(make_arena: MakeArena) -> None:
+    arena = make_arena()
+    arena.claim(0)
+    array = np.frombuffer(arena.view(Slot(arena.format_slab(0, 64, rank=0)[0], 64, 1)), dtype=np.uint8)
+    arena.close()
+    array[:] = 3
+    assert array.sum() == 3 * 64
+    del arena, array
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs; run the tests as root")
+def test_a_full_file_system_is_an_error_code(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k,mode=700", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip("mounting is not allowed here; on a machine where it is, run the tests as root")
+    try:
+        arena = Arena.create(1 << 20, str(folder))
+        arena.cut(SLAB_BYTES)
+        with pytest.raises(OSError, match="No space left") as caught:
+            [arena.claim(slab) for slab in range(arena.num_slabs)]
+        assert caught.value.errno == errno.ENOSPC
+        arena.close()
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

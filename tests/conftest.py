@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import string
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("kvferry", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvferry")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,3 +50,38 @@ def arena_folder() -> Iterator[Path]:
     left = [thread for thread in set(threading.enumerate()) - threads if type(thread).__name__ != "TMonitor"]
     assert not arenas, f"arenas left behind: {arenas}"
     assert not left, f"threads left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of two layers and a tokenizer of single characters."""
+    import torch
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import Fuse
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    characters = ["<unk>", "<s>", "</s>", *string.printable]
+    backend = Tokenizer(WordLevel({text: index for index, text in enumerate(characters)}, unk_token="<unk>"))
+    backend.pre_tokenizer = Split(Regex("(?m)."), "isolated")
+    backend.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(characters),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -126,7 +126,8 @@ def self_test(layout: Layout) -> bool:
     pool, block_bytes = layout.pool, layout.block_bytes
     ids = [0, layout.num_blocks - 1][: layout.num_blocks]
     kept = pool[ids].clone()
-    pattern = (torch.arange(kept.nbytes) * 131 % 251).to(torch.uint8).view(len(ids), block_bytes)
+    mixed = np.arange(kept.nbytes, dtype=np.uint32) * np.uint32(2_654_435_761) >> np.uint32(24)
+    pattern = torch.from_numpy(mixed.astype(np.uint8)).view(len(ids), block_bytes)
     as_pool = pattern.to(pool.device).view(pool.dtype).view(kept.shape)
     scratch = bytearray(pattern.nbytes)
     engine = CopyEngine(layout, memoryview(scratch))

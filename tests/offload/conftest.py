@@ -21,13 +21,13 @@ def options(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def make_engine(options: dict[str, Any]) -> Iterator[Callable[..., FakeEngine]]:
-    """`make_engine(num_blocks, arguments of LlmArgs, **options of the store)`; shut down at the end."""
+    """`make_engine(num_blocks, arguments of LlmArgs, device, **options of the store)`; shut down at the end."""
     engines: list[FakeEngine] = []
 
-    def make(num_blocks: int = 64, args: dict[str, Any] | None = None, **more: Any) -> FakeEngine:
+    def make(num_blocks: int = 64, args: dict[str, Any] | None = None, device: str = "cpu", **more: Any) -> FakeEngine:
         connector = KvCacheConnectorConfig(connector="kvferry", options={**options, **more})
         llm_args = fake_llm_args(connector, **(args or {}))
-        engine = FakeEngine(llm_args, KVFerryConnectorWorker(llm_args), KVFerryConnectorScheduler, num_blocks)
+        engine = FakeEngine(llm_args, KVFerryConnectorWorker(llm_args), KVFerryConnectorScheduler, num_blocks, device)
         engines.append(engine)
         return engine
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvferry.config import KvCacheConfig
 from kvferry.errors import ConfigError
@@ -45,6 +46,19 @@ def test_a_hit_is_the_kv_that_would_have_been_computed(make_engine: MakeEngine, 
     assert warm.tokens == cold.tokens
     assert warm.num_connector_matched_tokens == min(num_tokens // CHUNK * CHUNK, (num_tokens - 1) // 4 * 4)
     check_idle(engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and a CUDA build of torch")
+def test_a_hit_in_a_pool_on_a_gpu(make_engine: MakeEngine, tmp_path: Path) -> None:
+    disk = {"disk_path": str(tmp_path / "disk"), "disk_size_gb": 0.01}
+    engine = make_engine(args=NO_REUSE, device="cuda", **disk)
+    cold = engine.run(prompt(150), max_tokens=5)
+    warm = engine.run(prompt(150), max_tokens=5)
+    engine.shutdown()
+    other = make_engine(args=NO_REUSE, device="cuda", **disk).run(prompt(150), max_tokens=5)
+    assert warm.tokens == cold.tokens == other.tokens
+    assert warm.num_connector_matched_tokens == other.num_connector_matched_tokens == 144
 
 
 def test_generated_tokens_are_saved_too(make_engine: MakeEngine) -> None:

@@ -82,9 +82,10 @@ class FakeEngine:
         worker: KvCacheConnectorWorker,
         make_scheduler: Callable[[LlmArgs], KvCacheConnectorScheduler],
         num_blocks: int = 64,
+        device: str = "cpu",
     ) -> None:
         self.args = args
-        self.pool = torch.zeros(num_blocks, NUM_LAYERS, 2, NUM_HEADS * TOKENS_PER_BLOCK * HEAD_DIM)
+        self.pool = torch.zeros(num_blocks, NUM_LAYERS, 2, NUM_HEADS * TOKENS_PER_BLOCK * HEAD_DIM, device=device)
         worker.register_kv_caches(self.pool)
         scheduler = make_scheduler(args)
         scheduler.wait_for_initialization()
@@ -173,9 +174,10 @@ class FakeEngine:
     def _read(self, piece: Slice) -> Kv:
         """What the slice's blocks hold, shape `[tokens, layers, 2, heads, head_dim]`."""
         pages = self.pool[piece.block_ids].view(-1, NUM_LAYERS, 2, NUM_HEADS, TOKENS_PER_BLOCK, HEAD_DIM)
-        rows: Kv = pages.permute(0, 4, 1, 2, 3, 5).reshape(-1, NUM_LAYERS, 2, NUM_HEADS, HEAD_DIM).numpy()
+        rows: Kv = pages.permute(0, 4, 1, 2, 3, 5).reshape(-1, NUM_LAYERS, 2, NUM_HEADS, HEAD_DIM).cpu().numpy()
         return rows
 
     def _write(self, piece: Slice, rows: Kv) -> None:
         pages = torch.from_numpy(rows).view(-1, TOKENS_PER_BLOCK, NUM_LAYERS, 2, NUM_HEADS, HEAD_DIM)
-        self.pool[piece.block_ids] = pages.permute(0, 2, 3, 4, 1, 5).reshape(len(piece.block_ids), NUM_LAYERS, 2, -1)
+        written = pages.permute(0, 2, 3, 4, 1, 5).reshape(len(piece.block_ids), NUM_LAYERS, 2, -1)
+        self.pool[piece.block_ids] = written.to(self.pool.device)

@@ -19,9 +19,7 @@ LENGTHS = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 31, 32, 33, 63, 64, 65]
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_equal_transformers(
-    family: str, chunked: bool, models: dict[str, Path], reference: Reference
-) -> None:
+def test_tokens_equal_transformers(family: str, chunked: bool, models: dict[str, Path], reference: Reference) -> None:
     model = str(models[family])
     prompts = [make_prompt(length, seed=length) for length in LENGTHS]
     expected = [reference(model, prompt, 12) for prompt in prompts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ def llm(llama: str) -> Iterator[LLM]:
     ("prompt", "params", "message"),
     [
         ([], {}, "prompt is empty"),
-        ([5, VOCAB_SIZE], {}, f"{VOCAB_SIZE} is no token id of this model; ids are integers from 0 to {VOCAB_SIZE - 1}"),
+        (
+            [5, VOCAB_SIZE],
+            {},
+            f"{VOCAB_SIZE} is no token id of this model; ids are integers from 0 to {VOCAB_SIZE - 1}",
+        ),
         ([5, -1], {}, "-1 is no token id"),
         ([5, "x"], {}, "a prompt is a string or a list of token ids|no tokenizer"),
         ([[5, None]], {}, "None is no token id"),
@@ -143,7 +148,7 @@ def test_streams_grow_to_the_same_end(llm: LLM) -> None:
 
     for stream in (seen, asyncio.run(read())):
         assert stream[-1] == expected
-        assert all(longer[: len(shorter)] == shorter for shorter, longer in zip(stream, stream[1:], strict=False))
+        assert all(longer[: len(shorter)] == shorter for shorter, longer in pairwise(stream))
         assert len(stream) > 1
 
 

@@ -201,7 +201,7 @@ def test_the_first_process_writes_and_the_next_reads(
 ) -> None:
     put(disk, 1)
     with caplog.at_level(logging.WARNING, "kvferry"):
-        reader = DiskStore(tmp_path / "parts", FILE_BYTES // 2)
+        reader = DiskStore(tmp_path / "parts", FILE_BYTES)
         for number in (2, 3):
             put(reader, number)
     assert ["another process writes" in record.message for record in caplog.records] == [True]
@@ -212,8 +212,9 @@ def test_the_first_process_writes_and_the_next_reads(
     assert disk.file_of(name_of(1)).exists(), "a reader removes nothing"
     put(disk, 4)
     disk.close()
-    put(reader, 5)
-    assert reader.used_bytes <= FILE_BYTES // 2, "once the writer is gone its budget holds"
+    put(reader, 6)
+    assert reader.contains([name_of(number) for number in (1, 4, 6)]) == [False, False, True]
+    assert reader.check() == [], "once the writer is gone its own budget holds"
     reader.close()
 
 

@@ -32,8 +32,9 @@ def backend() -> FaultyByteStore:
 def make(backend: FaultyByteStore) -> Iterator[Make]:
     made: list[ByteTier] = []
 
-    def make_tier(**options: int) -> ByteTier:
-        made.append(ByteTier(backend, Tier.DISK, **options))
+    def make_tier(num_threads: int = 2, max_queued_bytes: int = 1 << 20) -> ByteTier:
+        made.append(ByteTier(backend, Tier.DISK, num_threads=num_threads))
+        made[-1].max_queued_bytes = max_queued_bytes
         return made[-1]
 
     yield make_tier

@@ -15,10 +15,15 @@ ViewOf = Callable[[Slot], memoryview]
 
 
 class TierStack:
-    """Some tiers, or none. An entry is in a tier if the parts of all its ranks are."""
+    """Some tiers, or none. An entry is in a tier if the parts of all its ranks are.
 
-    def __init__(self, tiers: Sequence[ByteTier]) -> None:
+    max_queued_bytes: how much of memory may wait to be written to each.
+    """
+
+    def __init__(self, tiers: Sequence[ByteTier], max_queued_bytes: int) -> None:
         self._tiers = tuple(tiers)
+        for tier in self._tiers:
+            tier.max_queued_bytes = max_queued_bytes
 
     def locate(self, keys: Sequence[bytes], group: int, num_ranks: int) -> list[Tier | None]:
         """The nearest tier that holds this group of each chunk. One question a tier, however many chunks."""

@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from kvferry.blocks import Geometry, GroupKind, Job, JobKind, Tier
 from kvferry.config import StoreOptions
@@ -38,7 +39,9 @@ from kvferry.store.slots import choose_slab_bytes, fits
 from kvferry.store.stack import TierStack
 from kvferry.store.tier import ByteTier
 
-LEASE_SECONDS = 60.0
+LEASE_SECONDS: Final = 60.0
+WRITING_SHARE: Final = 4
+"""At most one part in this many of the arena waits to be written to a tier: it cannot be evicted meanwhile."""
 
 
 class Store:
@@ -57,12 +60,13 @@ class Store:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
-        self._tiers = TierStack(tiers)
         self._clock = clock
         self._arena = Arena.create(int(options.l1_size_gb * 1e9), options.arena_dir)
+        self._tiers = TierStack(tiers, self._arena.info.num_bytes // WRITING_SHARE)
         self._index: Index | None = None
         self._engines: dict[str, dict[int, Geometry]] = {}
         self._roots: dict[Geometry, bytes] = {}
+        self._lease_seconds = lease_seconds
         self._leases = LeaseTable(lease_seconds, options.load_deadline_seconds)
         self._ready: list[int] = []
         self._failed: list[int] = []
@@ -81,7 +85,9 @@ class Store:
             ranks = self._engines.get(engine, {})
             if any(other != geometry for of, other in ranks.items() if of != rank):
                 raise ConfigError(f"ranks of engine {engine} declare different geometries; rank {rank}: {geometry}")
-            if self._index is None and not self._closed:
+            if self._closed:
+                raise ConfigError(f"engine {engine} registers with a store that is closed")
+            if self._index is None:
                 slab_bytes = choose_slab_bytes(self._arena.info.num_bytes - ALIGNMENT, sizes, geometry.num_ranks)
                 if slab_bytes is not None:
                     self._arena.cut(slab_bytes)
@@ -289,6 +295,8 @@ class Store:
         with self._lock:
             if self._index is not None:
                 self._index.close()
+            self._index = None
+            self._leases = LeaseTable(self._lease_seconds, self._options.load_deadline_seconds)
             self._arena.close()
 
     def _wanted(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> list[tuple[int, Wanted]]:
@@ -331,7 +339,8 @@ class Store:
     def _arrived(self, entry: Entry, ok: bool) -> None:
         """A tier has finished with one part of an entry; called in its thread."""
         with self._lock:
-            assert self._index is not None
+            if self._index is None:  # It answers after closing gave up on it.
+                return
             entry.num_awaited -= 1
             entry.failed |= not ok
             entry.doubtful |= not ok
@@ -393,7 +402,8 @@ class Store:
     def _written(self, entry: Entry, ok: bool) -> None:
         """A tier needs one part of an entry no more; called in its thread."""
         with self._lock:
-            assert self._index is not None
+            if self._index is None:
+                return
             self._index.unpin(entry)
             self._writing[entry.id] -= 1
             if not self._writing[entry.id]:

@@ -77,7 +77,8 @@ class _Breaker:
 class ByteTier:
     """Asynchronous access to a `ByteStore`, which it owns. Thread-safe.
 
-    max_queued_bytes: most bytes of writes that wait or run; a write beyond is refused. clock: seconds, monotonic.
+    clock: seconds, monotonic. `max_queued_bytes`: most bytes of writes that wait or run; a write beyond is refused.
+    Set by whoever owns the memory that queued writes hold up.
     """
 
     def __init__(
@@ -86,12 +87,11 @@ class ByteTier:
         tier: Tier,
         *,
         num_threads: int = 2,
-        max_queued_bytes: int = 1 << 30,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tier = tier
         self._store = store
-        self._max_queued_bytes = max_queued_bytes
+        self.max_queued_bytes = 1 << 30
         self._clock = clock
         self._meter = Meter()
         self._logger = logging.getLogger(__name__)
@@ -105,10 +105,14 @@ class ByteTier:
         self._queued_bytes = 0
         self._num_putting = 0
         self._most_putting = max(1, num_threads - 1)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        """Only workers wait for this, so that whoever is notified can do the work."""
+        self._changed = threading.Condition(self._lock)
+        """For the probe and for closing: a breaker opened, a write ended."""
         self._closed = False
         self._threads = [
-            threading.Thread(target=self._work, name=f"kvferry-{name}-{index}", daemon=True)
+            threading.Thread(target=self._serve, name=f"kvferry-{name}-{index}", daemon=True)
             for index in range(num_threads)
         ]
         self._threads.append(threading.Thread(target=self._probe, name=f"kvferry-{name}-probe", daemon=True))
@@ -117,7 +121,7 @@ class ByteTier:
 
     def contains(self, names: Sequence[PartName]) -> list[bool]:
         """Whether a get of each name may succeed. Asked on the path of every request: backends answer from memory."""
-        with self._changed:
+        with self._lock:
             if self._closed or self._reads.is_open:
                 return [False] * len(names)
         try:
@@ -130,11 +134,10 @@ class ByteTier:
 
     def get(self, name: PartName, view: memoryview, on_done: OnDone, *, timeout_seconds: float) -> None:
         """Fill `view`; a get that has not begun by the time-out is not begun. A name that fails is forgotten."""
-        with self._changed:
+        with self._lock:
             if not (self._closed or self._reads.is_open):
                 self._gets.append(_Task(name, view, on_done, self._clock() + timeout_seconds))
-                # All: the thread that probes waits here as well, and would keep a single wake-up to itself.
-                self._changed.notify_all()
+                self._work.notify()
                 return
         self.forget([name])
         on_done(False)
@@ -142,19 +145,19 @@ class ByteTier:
     def put(self, name: PartName, view: memoryview, on_done: OnDone) -> bool:
         """Write `view`, which must not change until `on_done`. False: refused, and `on_done` is not called."""
         num_bytes = len(view)
-        with self._changed:
-            room = not self._queued_bytes or self._queued_bytes + num_bytes <= self._max_queued_bytes
+        with self._lock:
+            room = not self._queued_bytes or self._queued_bytes + num_bytes <= self.max_queued_bytes
             if self._closed or self._writes.is_open or not room:
                 self._meter.add("refused_writes")
                 return False
             self._queued_bytes += num_bytes
             self._puts.append(_Task(name, view, on_done, 0.0))
-            self._changed.notify_all()
+            self._work.notify()
             return True
 
     def forget(self, names: Sequence[PartName]) -> None:
         """Answer these names as absent until they are put again or reading has recovered."""
-        with self._changed:
+        with self._lock:
             self._forgotten.update(names)
 
     def overdue(self, names: Sequence[PartName]) -> None:
@@ -164,7 +167,7 @@ class ByteTier:
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges, named after the tier."""
-        with self._changed:
+        with self._lock:
             gauges = {
                 "queued_write_bytes": self._queued_bytes,
                 "queued_reads": len(self._gets),
@@ -177,13 +180,14 @@ class ByteTier:
 
     def close(self, deadline_seconds: float) -> None:
         """Finish queued writes within the deadline, give up the rest and the reads, then close the backend."""
-        with self._changed:
+        with self._lock:
             gets, self._gets = self._gets, deque()
             self._closed = True
+            self._work.notify_all()
             self._changed.notify_all()
             self._changed.wait_for(lambda: not (self._puts or self._num_putting), deadline_seconds)
             puts, self._puts = self._puts, deque()
-            self._changed.notify_all()
+            self._work.notify_all()
         for task in (*gets, *puts):
             task.on_done(False)
         if puts:
@@ -192,10 +196,10 @@ class ByteTier:
             thread.join(deadline_seconds)
         self._store.close()
 
-    def _work(self) -> None:
+    def _serve(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(self._has_work)
+            with self._lock:
+                self._work.wait_for(self._has_work)
                 if self._gets:
                     task, get = self._gets.popleft(), True
                 elif self._puts and self._num_putting < self._most_putting:
@@ -225,7 +229,7 @@ class ByteTier:
             except Exception as error:  # noqa: BLE001 a thread's boundary: counted and logged
                 self._failed(self._reads, error, task)
             else:
-                with self._changed:
+                with self._lock:
                     self._reads.succeeded()
         if ok:
             self._meter.add("read_bytes", len(task.view))
@@ -242,18 +246,19 @@ class ByteTier:
                 ok = True
         except Exception as error:  # noqa: BLE001 a thread's boundary: counted and logged
             self._failed(self._writes, error, task)
-        with self._changed:
+        with self._lock:
             if ok:
                 self._writes.succeeded()
                 self._forgotten.discard(task.name)
             self._num_putting -= 1
             self._queued_bytes -= len(task.view)
+            self._work.notify_all()
             self._changed.notify_all()
         self._meter.add("written_bytes" if ok else "failed_writes", len(task.view) if ok else 1)
         return ok
 
     def _failed(self, breaker: _Breaker, reason: object, task: _Task | None) -> None:
-        with self._changed:
+        with self._lock:
             if task is not None:
                 breaker.probe_bytes = len(task.view)
                 breaker.probe_name = _PROBE_NAME if breaker is self._writes else task.name
@@ -263,7 +268,7 @@ class ByteTier:
     def _probe(self) -> None:
         """Retry what failed, at its size: a disk that is full for a chunk may have room for a byte."""
         while True:
-            with self._changed:
+            with self._lock:
                 due = [breaker for breaker in (self._reads, self._writes) if breaker.is_open]
                 if self._closed:
                     return
@@ -285,7 +290,7 @@ class ByteTier:
             except Exception as error:  # noqa: BLE001 a thread's boundary: counted and logged
                 self._failed(breaker, error, None)
                 continue
-            with self._changed:
+            with self._lock:
                 breaker.close()
                 if breaker is self._reads:
                     self._forgotten.clear()

@@ -80,11 +80,11 @@ def _run_steps(setting: Setting, console: Console) -> list[Step]:
 def _run_without_reuse(setting: Setting, console: Console) -> tuple[Prompts, list[Answer]]:
     """The prompts, and what an engine answers that computes each of them from its first token."""
     from kvferry.cli.demo.document import make_prompts
-    from kvferry.cli.demo.steps import ask, open_engine_without_reuse
+    from kvferry.cli.demo.steps import ask, open_engine
     from kvferry.errors import RequestError
 
     with _working(console, f"Loading {setting.model}"):
-        engine = open_engine_without_reuse(setting)
+        engine = open_engine(setting, with_kvferry=False, enable_block_reuse=False)
     with engine as llm:
         if not getattr(llm.tokenizer, "chat_template", None):
             raise RequestError(f"the demo needs a tokenizer with a chat template, and {setting.model} has none")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvferry.errors import EngineDeadError, InvariantError
+from kvferry.errors import EngineDeadError, InvariantError, KVFerryError
 
 if TYPE_CHECKING:
     from kvferry import LLM
@@ -55,38 +55,33 @@ class Answer(msgspec.Struct, frozen=True):
         return self.num_pool_tokens + self.num_memory_tokens + self.num_disk_tokens + self.num_computed_tokens
 
 
-def open_engine(setting: Setting) -> LLM:
-    """An engine with the connector `kvferry`, in memory and on disk."""
-    from kvferry import KvCacheConfig, KvCacheConnectorConfig
+def open_engine(setting: Setting, *, with_kvferry: bool = True, enable_block_reuse: bool = True) -> LLM:
+    """An engine, with the connector `kvferry` in memory and on disk or without any connector.
 
+    Float32 and, by default, greedy: so the same KV gives the same tokens.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig
+
+    disable_progress_bar()
     options = {
         "chunk_tokens": setting.chunk_tokens,
         "l1_size_gb": setting.arena_gb,
         "disk_path": setting.disk_path,
         "disk_size_gb": setting.disk_gb,
     }
-    pool = KvCacheConfig(tokens_per_block=setting.tokens_per_block, max_tokens=setting.pool_tokens)
-    return _open(setting.model, pool, KvCacheConnectorConfig(connector="kvferry", options=options))
-
-
-def open_engine_without_reuse(setting: Setting) -> LLM:
-    """An engine that computes every prompt from its first token."""
-    from kvferry import KvCacheConfig
-
-    pool = KvCacheConfig(
-        tokens_per_block=setting.tokens_per_block, max_tokens=setting.pool_tokens, enable_block_reuse=False
+    return LLM(
+        setting.model,
+        kv_cache_config=KvCacheConfig(
+            tokens_per_block=setting.tokens_per_block,
+            max_tokens=setting.pool_tokens,
+            enable_block_reuse=enable_block_reuse,
+        ),
+        kv_connector_config=KvCacheConnectorConfig(connector="kvferry", options=options) if with_kvferry else None,
+        max_batch_size=1,
+        dtype="float32",
     )
-    return _open(setting.model, pool, None)
-
-
-def _open(model: str, pool: Any, connector: Any) -> LLM:
-    """Float32 and, by default, greedy: so the same KV gives the same tokens."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from kvferry import LLM
-
-    disable_progress_bar()
-    return LLM(model, kv_cache_config=pool, kv_connector_config=connector, max_batch_size=1, dtype="float32")
 
 
 def ask(llm: LLM, token_ids: list[int], num_tokens: int) -> Answer:
@@ -133,8 +128,11 @@ def _load_counts(llm: LLM) -> tuple[int, int]:
 
 def _main() -> None:
     question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
-    with open_engine(question.setting) as llm:
-        answer = ask(llm, question.token_ids, question.setting.num_generated_tokens)
+    try:
+        with open_engine(question.setting) as llm:
+            answer = ask(llm, question.token_ids, question.setting.num_generated_tokens)
+    except KVFerryError as error:
+        sys.exit(f"kvferry demo, disk step: {error}")
     sys.stdout.buffer.write(msgspec.json.encode(answer))
 
 

@@ -196,14 +196,14 @@ class KvCacheConnectorManager:
             return "promised an asynchronous load of 0 tokens"
         return None
 
-    def allocated(self, request: Request, block_ids: Sequence[int], decision: LoadDecision) -> bool:
-        """Leader: the prompt has its blocks and the match is taken. False: nothing will be loaded after all, so the
+    def allocated(self, request: Request, block_ids: Sequence[Sequence[int]], decision: LoadDecision) -> bool:
+        """Leader: the prompt has its blocks, one list a layer group, and the match is taken. False: nothing will be loaded after all, so the
         engine computes those tokens."""
         assert self.scheduler is not None
         scheduler, request_id = self.scheduler, request.request_id
 
         def tell() -> bool:
-            scheduler.update_state_after_alloc(request, list(block_ids))
+            scheduler.update_state_after_alloc_by_layer_group(request, [list(ids) for ids in block_ids])
             return True
 
         told = self._call("update_state_after_alloc", tell, request_id)
@@ -215,18 +215,19 @@ class KvCacheConnectorManager:
             self._loads_of_next_pass.add(request_id)
         return True
 
-    def cancel_load(self, request: Request) -> None:
-        """Leader: an asynchronous load is no longer wanted. Its blocks stay until `collect` answers it as loaded."""
+    def cancel_load(self, request: Request, start: int, end: int) -> None:
+        """Leader: the asynchronous load of prompt tokens `start` to `end` is no longer wanted. Its blocks stay until `collect` answers it as loaded."""
         assert self.scheduler is not None
         scheduler = self.scheduler
-        self._call("cancel_load", lambda: scheduler.cancel_load(request), request.request_id)
+        self._call("cancel_load", lambda: scheduler.cancel_load(request, start, end), request.request_id)
 
-    def request_finished(self, request: Request, block_ids: Sequence[int]) -> bool:
+    def request_finished(self, request: Request, block_ids: Sequence[Sequence[int]]) -> bool:
         """Leader: no more tokens. True: keep the blocks until `collect` answers the request as saved."""
         assert self.scheduler is not None
         scheduler, request_id = self.scheduler, request.request_id
+        lists = [list(ids) for ids in block_ids]
         keeps = self._call(
-            "request_finished", lambda: bool(scheduler.request_finished(request, list(block_ids))), request_id
+            "request_finished", lambda: bool(scheduler.request_finished_by_layer_group(request, lists)), request_id
         )
         self._loads_of_next_pass.discard(request_id)
         if keeps:

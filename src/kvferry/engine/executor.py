@@ -18,7 +18,7 @@ class Executor:
     def __init__(self, model: Any, pool: KvPool) -> None:
         self._model = model
         self._pool = pool
-        self._device = pool.tensor.device
+        self._device = pool.device
 
     @property
     def stream(self) -> Any:
@@ -54,9 +54,9 @@ class Executor:
         """One small pass on block 0, which is zeroed afterwards: finds unsupported models and loads kernels before the
         first request. Its shapes are those of a prefill and of a step."""
         num_tokens = min(2, self._pool.tokens_per_block)
-        slices = [Slice(request_id=-1, tokens=[0] * num_tokens, start=0, block_ids=[0], draws=True)]
-        self.forward(Batch(slices), None)
+        block_ids = [[0] for _ in self._pool.groups]
+        self.forward(Batch([Slice(-1, [0] * num_tokens, 0, block_ids, draws=True)]), None)
         if self._pool.tokens_per_block > num_tokens:
-            step = Slice(request_id=-1, tokens=[0], start=num_tokens, block_ids=[0], draws=True)
-            self.forward(Batch([step]), None)
-        self._pool.tensor[0].zero_()
+            self.forward(Batch([Slice(-1, [0], num_tokens, block_ids, draws=True)]), None)
+        for tensor in self._pool.tensors:
+            tensor[0].zero_()

@@ -12,10 +12,10 @@ import torch
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
 from kvferry.connector.config import LlmArgs
 from kvferry.connector.manager import KvCacheConnectorManager
-from kvferry.connector.presets import ConnectorClasses, resolve
-from kvferry.engine.block_manager import BlockManager
+from kvferry.connector.presets import ConnectorClasses, check_forms, resolve
 from kvferry.engine.core import EngineCore
 from kvferry.engine.executor import Executor
+from kvferry.engine.groups import GroupedBlocks, group_layers
 from kvferry.engine.handle import GenerationHandle
 from kvferry.engine.kv_pool import KvPool, KvShape, default_max_tokens
 from kvferry.engine.model import load_model
@@ -71,7 +71,8 @@ class LLM:
             assert kv_connector_config is not None
             manager = _connect(connector_classes, self._llm_args(model, kv_connector_config), self._pool)
         self.connector_manager = manager
-        self._blocks = BlockManager(
+        self._blocks = GroupedBlocks(
+            self._pool.groups,
             self._pool.num_blocks,
             self._pool.tokens_per_block,
             enable_reuse=self._kv_cache_config.enable_block_reuse,
@@ -89,7 +90,7 @@ class LLM:
         num_blocks = max_tokens // config.tokens_per_block
         if num_blocks < 1:
             raise RequestError(f"a pool of {max_tokens} tokens holds no block of {config.tokens_per_block} tokens")
-        return KvPool(shape, num_blocks, config.tokens_per_block, device)
+        return KvPool(shape, group_layers(loaded.windows), num_blocks, config.tokens_per_block, device)
 
     def _llm_args(self, model: str, connector_config: KvCacheConnectorConfig) -> LlmArgs:
         return LlmArgs(
@@ -213,9 +214,10 @@ class LLM:
 
 def _connect(classes: ConnectorClasses, args: LlmArgs, pool: KvPool) -> KvCacheConnectorManager:
     """Make both halves in the order the API promises: the worker has its pool before the scheduler half exists."""
+    check_forms(classes, len(pool.groups))
     worker = classes.worker(args)
     try:
-        worker.register_kv_caches(pool.tensor)
+        worker.register_kv_cache_layout(pool.layout)
         scheduler = classes.scheduler(args)
         scheduler.wait_for_initialization()
     except BaseException:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from kvferry.connector.api import RequestData, SchedulerOutput
 from kvferry.connector.manager import Finished, KvCacheConnectorManager, LoadDecision
-from kvferry.engine.block_manager import BlockManager
+from kvferry.engine.block_manager import token_bytes
+from kvferry.engine.groups import GroupedBlocks, PrefixMatch, extend_hashes
 from kvferry.engine.outputs import FinishReason
 from kvferry.engine.sequence import Batch, Sequence, SequenceStatus, Slice
 
@@ -45,7 +46,7 @@ class Plan:
 class Scheduler:
     """The engine's queues. All methods are called from the engine's loop."""
 
-    def __init__(self, blocks: BlockManager, limits: Limits, manager: KvCacheConnectorManager | None) -> None:
+    def __init__(self, blocks: GroupedBlocks, limits: Limits, manager: KvCacheConnectorManager | None) -> None:
         self._blocks = blocks
         self._limits = limits
         self._manager = manager
@@ -53,7 +54,7 @@ class Scheduler:
         self._loading: dict[int, Sequence] = {}
         self._loaded: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
-        self._saving: dict[int, list[int]] = {}
+        self._saving: dict[int, list[list[int]]] = {}
 
     @property
     def has_requests(self) -> bool:
@@ -96,15 +97,13 @@ class Scheduler:
             return 0
         start = sequence.num_computed
         end = start + num_tokens
-        missing = self._blocks.num_blocks_for(end) - len(sequence.block_ids)
-        if missing > 0:
-            sequence.block_ids += self._blocks.allocate(missing)
+        self._blocks.grow(sequence.block_ids, end)
         plan.batch.slices.append(
             Slice(
                 request_id=sequence.request_id,
                 tokens=sequence.tokens[start:end],
                 start=start,
-                block_ids=list(sequence.block_ids),
+                block_ids=[list(of_group) for of_group in sequence.block_ids],
                 draws=end == len(sequence.tokens),
             )
         )
@@ -115,19 +114,26 @@ class Scheduler:
     def _tell(self, output: SchedulerOutput, sequence: Sequence, num_tokens: int) -> None:
         """Put a sequence's share of the pass into the connector's terms, saying only what it does not know yet."""
         is_new = sequence.num_told_tokens == 0
+        new_block_ids = [of_group[sequence.num_told_blocks :] for of_group in sequence.block_ids]
         data = RequestData(
             request_id=sequence.request_id,
             new_tokens=sequence.tokens[sequence.num_told_tokens :],
-            new_block_ids=sequence.block_ids[sequence.num_told_blocks :],
+            new_block_ids=list(new_block_ids[0]) if len(new_block_ids) == 1 else [],
             computed_position=sequence.num_computed - (sequence.num_connector_matched_tokens if is_new else 0),
             num_scheduled_tokens=num_tokens,
-            block_hashes=list(sequence.block_hashes) if is_new else [],
+            block_hashes=[int.from_bytes(block_hash[:8]) for block_hash in sequence.block_hashes],
+            priorities=self._priorities(sequence, len(new_block_ids[0])),
             cache_salt=sequence.cache_salt,
+            new_block_ids_by_layer_group=new_block_ids,
         )
-        data.new_block_ids_by_layer_group = [list(data.new_block_ids)]
         (output.new_requests if is_new else output.cached_requests).append(data)
         sequence.num_told_tokens = len(sequence.tokens)
-        sequence.num_told_blocks = len(sequence.block_ids)
+        sequence.num_told_blocks = len(sequence.block_ids[0])
+
+    @staticmethod
+    def _priorities(sequence: Sequence, num_blocks: int) -> list[int] | None:
+        priority = sequence.params.retention_priority
+        return None if priority is None else [priority] * num_blocks
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
@@ -147,39 +153,36 @@ class Scheduler:
             return sequence
         return None
 
-    def _match_pool(self, sequence: Sequence) -> list[int]:
-        self._blocks.extend_hashes(sequence.block_hashes, sequence.tokens, sequence.hash_root)
+    def _match_pool(self, sequence: Sequence) -> PrefixMatch:
+        self._extend_hashes(sequence)
         return self._blocks.match_prefix(sequence.block_hashes, sequence.tokens, sequence.num_prompt_tokens - 1)
 
-    def _fits(self, sequence: Sequence, matched: list[int], budget: int) -> bool:
+    def _extend_hashes(self, sequence: Sequence) -> None:
+        extend_hashes(sequence.block_hashes, sequence.tokens, sequence.hash_root, self._blocks.tokens_per_block)
+
+    def _fits(self, sequence: Sequence, matched: PrefixMatch, budget: int) -> bool:
         """Whether the pool holds this sequence to its end beside what those admitted may still take."""
         if not self._limits.enable_chunked_prefill:
-            num_uncomputed = sequence.num_prompt_tokens - len(matched) * self._blocks.tokens_per_block
+            num_uncomputed = sequence.num_prompt_tokens - matched.num_blocks * self._blocks.tokens_per_block
             if num_uncomputed > budget:
                 return False
-        promised = sum(self._still_needs(other) for other in self._admitted())
-        shared = sum(self._blocks.is_in_use(block_id) for block_id in matched)
-        return self._blocks.num_blocks_for(sequence.max_kv_tokens) - shared <= self._blocks.num_free - promised
-
-    def _still_needs(self, sequence: Sequence) -> int:
-        return max(0, self._blocks.num_blocks_for(sequence.max_kv_tokens) - len(sequence.block_ids))
+        needs = [self._blocks.still_needs(other.block_ids, other.max_kv_tokens) for other in self._admitted()]
+        promised = [sum(of_group) for of_group in zip(*needs, strict=True)] or [0] * len(self._blocks.groups)
+        return self._blocks.fits(matched, sequence.num_prompt_tokens, sequence.max_kv_tokens, promised)
 
     def _admitted(self) -> Iterable[Sequence]:
         yield from self._running.values()
         yield from self._loading.values()
         yield from self._loaded
 
-    def _allocate(self, sequence: Sequence, matched: list[int]) -> bool:
+    def _allocate(self, sequence: Sequence, matched: PrefixMatch) -> bool:
         """Give a sequence the blocks of its prompt and ask the connector for the rest; true if it must load first."""
-        size = self._blocks.tokens_per_block
-        sequence.num_pool_tokens = len(matched) * size
+        sequence.num_pool_tokens = matched.num_blocks * self._blocks.tokens_per_block
         decision = LoadDecision()
         if self._manager is not None:
             decision = self._manager.match(sequence, sequence.num_pool_tokens)
-        self._blocks.acquire(matched)
-        wanted = self._blocks.num_blocks_for(sequence.num_prompt_tokens) - len(matched)
-        sequence.block_ids = matched + self._blocks.allocate(wanted)
-        sequence.num_committed_blocks = len(matched)
+        sequence.block_ids = self._blocks.allocate_prompt(matched, sequence.num_prompt_tokens)
+        sequence.num_committed_blocks = matched.num_blocks
         # The last prompt token is always computed: its logits give the first new token.
         num_loaded = min(decision.num_tokens, sequence.num_prompt_tokens - 1 - sequence.num_pool_tokens)
         sequence.num_connector_matched_tokens = num_loaded
@@ -226,25 +229,23 @@ class Scheduler:
 
     def _recompute(self, sequence: Sequence) -> None:
         """A load failed: nothing after the pool's own tokens can be trusted, nor shared."""
-        size = self._blocks.tokens_per_block
-        num_trusted = sequence.num_pool_tokens // size
-        self._blocks.forget(sequence.block_ids[num_trusted : sequence.num_committed_blocks])
+        num_trusted = sequence.num_pool_tokens // self._blocks.tokens_per_block
+        self._blocks.forget(sequence.block_ids, num_trusted, sequence.num_committed_blocks)
         sequence.num_committed_blocks = num_trusted
         if sequence.num_output_tokens:
             logger.error("request %d: its load was reported as failed after it generated", sequence.request_id)
         self._forget_load(sequence)
 
     def _commit_blocks(self, sequence: Sequence) -> None:
-        """Blocks that the pass filled may be shared from now on."""
+        """Blocks that the pass filled may be shared from now on; those behind every window are given back."""
         size = self._blocks.tokens_per_block
         num_full = sequence.num_computed // size
-        if num_full <= sequence.num_committed_blocks:
-            return
-        self._blocks.extend_hashes(sequence.block_hashes, sequence.tokens, sequence.hash_root)
+        self._extend_hashes(sequence)
         for index in range(sequence.num_committed_blocks, num_full):
-            tokens = sequence.tokens[index * size : (index + 1) * size]
-            self._blocks.commit(sequence.block_ids[index], sequence.block_hashes[index], tokens)
-        sequence.num_committed_blocks = num_full
+            content = token_bytes(sequence.tokens[index * size : (index + 1) * size])
+            self._blocks.commit(sequence.block_ids, index, sequence.block_hashes[index], content)
+        sequence.num_committed_blocks = max(num_full, sequence.num_committed_blocks)
+        self._blocks.release_behind(sequence.block_ids, sequence.num_computed)
 
     def _finish_if_ended(self, sequence: Sequence) -> None:
         params = sequence.params
@@ -275,7 +276,8 @@ class Scheduler:
             self._waiting.remove(sequence)
         elif sequence.request_id in self._loading:
             assert self._manager is not None
-            self._manager.cancel_load(sequence)
+            end = sequence.num_pool_tokens + sequence.num_connector_matched_tokens
+            self._manager.cancel_load(sequence, sequence.num_pool_tokens, end)
         else:
             if sequence in self._loaded:
                 self._loaded.remove(sequence)
@@ -289,7 +291,5 @@ class Scheduler:
             self._blocks.release(sequence.block_ids)
 
     def check(self) -> None:
-        """InvariantError unless the pool's books are right; with nothing queued, every block must be free."""
-        self._blocks.check()
-        held = self.has_requests or self.has_transfers
-        assert held or self._blocks.num_free == self._blocks.num_blocks, "blocks are held for nobody"
+        """InvariantError unless the pools' books are right and every block in use is held by a request."""
+        self._blocks.check([*(sequence.block_ids for sequence in self._admitted()), *self._saving.values()])

@@ -25,7 +25,7 @@ class Sequence:
 
     num_computed: tokens whose KV is in the pool. num_pool_tokens of them came with reused blocks,
     num_connector_matched_tokens from the connector; the rest was computed here.
-    num_committed_blocks: leading blocks that other requests may share. num_told_tokens, num_told_blocks: what the
+    block_ids: one list a layer group. num_committed_blocks: leading blocks that other requests may share. num_told_tokens, num_told_blocks: what the
     connector was told of in earlier passes.
     """
 
@@ -34,11 +34,11 @@ class Sequence:
         self.params = params
         self.tokens = list(prompt)
         self.num_prompt_tokens = len(self.tokens)
-        self.cache_salt: str | None = None
+        self.cache_salt = params.cache_salt
         self.lora_id: str | None = None
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
-        self.block_ids: list[int] = []
+        self.block_ids: list[list[int]] = []
         self.block_hashes: list[bytes] = []
         self.num_committed_blocks = 0
         self.num_told_tokens = 0
@@ -85,7 +85,9 @@ class Sequence:
 
 @dataclass(slots=True)
 class Slice:
-    """A sequence's share of a forward pass: `tokens` at positions `start` and on, with all blocks up to their end.
+    """A sequence's share of a forward pass: `tokens` at positions `start` and on.
+
+    block_ids: one list a layer group, all blocks up to the end; NO_BLOCK where none of the tokens attends.
 
     draws: whether the last token's logits give the sequence its next token.
     """
@@ -93,7 +95,7 @@ class Slice:
     request_id: int
     tokens: list[int]
     start: int
-    block_ids: list[int]
+    block_ids: list[list[int]]
     draws: bool
 
     @property

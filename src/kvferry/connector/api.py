@@ -139,8 +139,8 @@ class KvCacheConnectorScheduler(ABC):
 
     @abstractmethod
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens after the first `num_computed_tokens` (which the engine's pool holds) can be loaded, a multiple
-        of the block size, and whether the load is asynchronous. Asked once per allocation, before it."""
+        """How many tokens after the first `num_computed_tokens` (which the engine's pool holds) can be loaded, and
+        whether asynchronously; a multiple of the block size. Asked once per allocation, before it."""
 
     @abstractmethod
     def request_finished(self, request: Request, cache_block_ids: list[int]) -> bool:
@@ -149,7 +149,7 @@ class KvCacheConnectorScheduler(ABC):
 
     @abstractmethod
     def update_state_after_alloc(self, request: Request, block_ids: list[int]) -> None:
-        """The match was taken and the prompt's blocks are allocated: `ceil(prompt / tokens_per_block)` ids, in order."""
+        """The match was taken; these are the prompt's blocks in order: `ceil(prompt / tokens_per_block)` ids."""
 
     def request_finished_by_layer_group(
         self, request: Request, cache_block_ids_by_layer_group: list[list[int]]
@@ -161,7 +161,7 @@ class KvCacheConnectorScheduler(ABC):
     def update_state_after_alloc_by_layer_group(
         self, request: Request, block_ids_by_layer_group: list[list[int]]
     ) -> None:
-        """As `update_state_after_alloc`, one list a layer group; entry `[g][i]` is block `i` of the prompt in group `g`,
+        """As `update_state_after_alloc`, one list a layer group: `[g][i]` is block `i` of the prompt in group `g`, or
         NO_BLOCK where the group needs none."""
         hook = "update_state_after_alloc_by_layer_group"
         self.update_state_after_alloc(request, _only(block_ids_by_layer_group, self, hook))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class KvCacheBufferRef:
-    """One layer's keys or values within a region. `role` is "key" or "value"; `layer_id` counts over the whole model."""
+    """One layer's keys or values in a region. `role` is "key" or "value"; `layer_id` counts over the whole model."""
 
     layer_id: int
     role: str

@@ -86,8 +86,10 @@ def _named(config: KvCacheConnectorConfig) -> Preset:
 
 
 def check_forms(classes: ConnectorClasses, num_layer_groups: int) -> None:
-    """ConnectorError: the model has several layer groups and a class has only the flat forms of the API, whose block ids
-    would mean another block in each group."""
+    """ConnectorError: the model has several layer groups and a class has only the flat forms of the API.
+
+    A block id means another block in each group, so one list cannot serve them.
+    """
     if num_layer_groups == 1:
         return
     wanted = {
@@ -98,6 +100,5 @@ def check_forms(classes: ConnectorClasses, num_layer_groups: int) -> None:
     for cls, hooks in wanted.items():
         own = {name for base in cls.__mro__ if base not in bases for name in vars(base)}
         if missing := [hook for hook in hooks if hook not in own]:
-            raise ConnectorError(
-                f"{cls.__qualname__} lacks {' and '.join(missing)}, which this model's {num_layer_groups} layer groups need"
-            )
+            needed = " and ".join(missing)
+            raise ConnectorError(f"{cls.__qualname__} lacks {needed}: this model has {num_layer_groups} layer groups")

@@ -69,7 +69,7 @@ class BlockManager:
         return block_ids
 
     def commit(self, block_id: int, block_hash: bytes, content: bytes) -> None:
-        """The block is filled with the KV of these tokens. The first block of a hash serves it; a twin stays unshared."""
+        """The block holds the KV of these tokens. The first block of a hash serves it; a twin stays unshared."""
         assert self._ref_counts[block_id] > 0
         if self.enable_reuse and block_hash not in self._by_hash and block_id not in self._contents:
             self._by_hash[block_hash] = block_id

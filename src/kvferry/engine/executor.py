@@ -8,6 +8,7 @@ import torch
 
 from kvferry.engine.attention import LayerHooks, PagedBatch
 from kvferry.engine.kv_pool import KvPool
+from kvferry.engine.lora import Adapters
 from kvferry.engine.sequence import Batch, Slice
 from kvferry.errors import RequestError
 
@@ -18,6 +19,7 @@ class Executor:
     def __init__(self, model: Any, pool: KvPool) -> None:
         self._model = model
         self._pool = pool
+        self.adapters = Adapters(model)
         self._device = pool.device
 
     @property
@@ -28,6 +30,7 @@ class Executor:
     @torch.inference_mode()
     def forward(self, batch: Batch, hooks: LayerHooks | None) -> torch.Tensor:
         """Compute the batch; returns logits of shape `[slices that draw, vocab]`, in the order of the slices."""
+        self.adapters.activate(batch.lora_id)
         paged = PagedBatch(batch, self._pool, hooks, self.stream)
         tokens = torch.tensor([[token for piece in batch.slices for token in piece.tokens]], device=self._device)
         last_rows, row = [], 0

@@ -81,7 +81,7 @@ class GroupedBlocks:
         return -(-num_tokens // self.tokens_per_block)
 
     def match_prefix(self, hashes: Sequence[bytes], tokens: Sequence[int], max_tokens: int) -> PrefixMatch:
-        """The longest prefix of `tokens` that every group can go on from, at most `max_tokens` long. Changes nothing."""
+        """The longest prefix of `tokens`, up to `max_tokens`, that every group can go on from. Changes nothing."""
         size = self.tokens_per_block
         num_candidates = min(len(hashes), max_tokens // size)
         contents = [token_bytes(tokens[index * size : (index + 1) * size]) for index in range(num_candidates)]
@@ -101,8 +101,8 @@ class GroupedBlocks:
         )
 
     def fits(self, match: PrefixMatch, num_prompt: int, max_tokens: int, promised: Sequence[int]) -> bool:
-        """Whether a sequence of `num_prompt` tokens that may grow to `max_tokens` can be held to its end in every group,
-        beside the blocks `promised[group]` that others may still take."""
+        """Whether every group can hold a sequence of `num_prompt` tokens to its end at `max_tokens`, beside the blocks
+        `promised[group]` that others may still take."""
         for group, pool, matched, taken in zip(self.groups, self.pools, match.block_ids, promised, strict=True):
             first = group.first_needed_block(match.num_blocks * self.tokens_per_block, self.tokens_per_block)
             held = self.num_blocks_for(num_prompt) - first
@@ -122,8 +122,8 @@ class GroupedBlocks:
         return needs
 
     def allocate_prompt(self, match: PrefixMatch, num_prompt: int) -> list[list[int]]:
-        """Take the matched blocks and fresh ones for the rest of the prompt; in each group from the first block that the
-        first token after the match attends to."""
+        """Take the matched blocks and fresh ones for the rest of the prompt; in each group from the first block on that
+        the first token after the match attends to."""
         num_blocks = self.num_blocks_for(num_prompt)
         block_ids = []
         for group, pool, matched in zip(self.groups, self.pools, match.block_ids, strict=True):
@@ -136,7 +136,7 @@ class GroupedBlocks:
     def grow(self, block_ids: Sequence[list[int]], num_tokens: int) -> None:
         """Give a sequence the blocks that it lacks for `num_tokens` tokens."""
         for pool, held in zip(self.pools, block_ids, strict=True):
-            held += pool.allocate(max(0, self.num_blocks_for(num_tokens) - len(held)))
+            held.extend(pool.allocate(max(0, self.num_blocks_for(num_tokens) - len(held))))
 
     def commit(self, block_ids: Sequence[Sequence[int]], index: int, block_hash: bytes, content: bytes) -> None:
         """Block `index` of a sequence is filled in every group: others may share it."""

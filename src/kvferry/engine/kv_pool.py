@@ -71,8 +71,7 @@ class KvPool:
     def layout(self) -> KvCacheLayout:
         """What a connector is told of these pools."""
         pools = [
-            (group.layers, group.window_tokens, tensor)
-            for group, tensor in zip(self.groups, self.tensors, strict=True)
+            (group.layers, group.window_tokens, tensor) for group, tensor in zip(self.groups, self.tensors, strict=True)
         ]
         return describe_pools(self.tokens_per_block, pools)
 

@@ -6,9 +6,11 @@ running request is never evicted. Requests are admitted in the order they came.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvferry.connector.api import RequestData, SchedulerOutput
@@ -23,12 +25,27 @@ logger = logging.getLogger("kvferry.engine")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one forward pass may hold, and which tokens end a sequence."""
+    """What one forward pass may hold, and which tokens end a sequence.
+
+    max_loading_share: share of the pool that requests may hold while they load. transfer_deadline_seconds: longest that
+    the engine waits for a connector's asynchronous load or save.
+    """
 
     max_batch_size: int
     max_num_tokens: int
     enable_chunked_prefill: bool
     stop_token_ids: frozenset[int] = frozenset()
+    max_loading_share: float = 0.5
+    transfer_deadline_seconds: float = 30.0
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """Blocks that an asynchronous load or save may touch, and since when."""
+
+    block_ids: list[list[int]]
+    since: float
+    is_late: bool = False
 
 
 @dataclass(slots=True)
@@ -36,25 +53,38 @@ class Plan:
     """One iteration: the forward pass, and what the connector is told of it.
 
     tell_connector: false when nothing is computed and no asynchronous load begins, so there is nothing to build.
+    starved: a request that can never be admitted, to be ended.
     """
 
     batch: Batch = field(default_factory=Batch)
     output: SchedulerOutput = field(default_factory=SchedulerOutput)
     tell_connector: bool = False
+    starved: Sequence | None = None
 
 
 class Scheduler:
     """The engine's queues. All methods are called from the engine's loop."""
 
-    def __init__(self, blocks: GroupedBlocks, limits: Limits, manager: KvCacheConnectorManager | None) -> None:
+    def __init__(
+        self,
+        blocks: GroupedBlocks,
+        limits: Limits,
+        manager: KvCacheConnectorManager | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._blocks = blocks
         self._limits = limits
         self._manager = manager
+        self._clock = clock
         self._waiting: deque[Sequence] = deque()
         self._loading: dict[int, Sequence] = {}
         self._loaded: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
-        self._saving: dict[int, list[list[int]]] = {}
+        self._loads: dict[int, _Transfer] = {}
+        """Asynchronous loads that not all ranks have ended: of `_loading`, or given up."""
+        self._saves: dict[int, _Transfer] = {}
+        self._lora_turns: dict[str | None, int] = {}
+        self._num_plans = 0
 
     @property
     def has_requests(self) -> bool:
@@ -63,30 +93,57 @@ class Scheduler:
     @property
     def has_transfers(self) -> bool:
         """Whether blocks are held for asynchronous loads or saves."""
-        return bool(self._loading or self._saving)
+        return bool(self._loads or self._saves)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose length was checked against the limits."""
         self._waiting.append(sequence)
 
     def schedule(self) -> Plan:
-        """Plan the next iteration: decode steps first, then prefills under way, then requests that loaded, then new."""
+        """Plan the next iteration: decode steps first, then prefills under way, then requests that loaded, then new.
+
+        All of a pass uses one LoRA adapter, or none; those that have requests take turns.
+        """
+        if self._loads or self._saves:
+            self._give_up_late_transfers()
         plan = Plan()
-        budget = self._limits.max_num_tokens
-        under_way = list(self._running.values())
-        for sequence in sorted(under_way, key=lambda sequence: sequence.num_uncomputed > 1):
-            budget -= self._plan_slice(plan, sequence, budget)
-        while budget > 0 and len(self._running) < self._limits.max_batch_size:
-            sequence_or_none = self._loaded.popleft() if self._loaded else self._admit(plan, budget)
-            if sequence_or_none is None:
+        for lora_id in self._turns():
+            self._plan_pass(plan, lora_id)
+            if plan.batch.slices:
+                self._lora_turns[lora_id] = self._num_plans = self._num_plans + 1
                 break
-            self._running[sequence_or_none.request_id] = sequence_or_none
-            sequence_or_none.status = SequenceStatus.RUNNING
-            budget -= self._plan_slice(plan, sequence_or_none, budget)
         # A new request may have one token left to compute: the attention wants such steps first.
         plan.batch.slices.sort(key=lambda piece: len(piece.tokens) > 1 or piece.start == 0)
         plan.tell_connector = plan.tell_connector or bool(plan.batch.slices)
         return plan
+
+    def _turns(self) -> list[str | None]:
+        """The adapters that requests want, the one that waited longest first."""
+        ready = [*self._running.values(), *self._loaded, *itertools.islice(self._waiting, 1)]
+        wanted = dict.fromkeys(sequence.lora_id for sequence in ready)
+        self._lora_turns = {lora_id: self._lora_turns.get(lora_id, 0) for lora_id in wanted}
+        return sorted(wanted, key=self._lora_turns.__getitem__)
+
+    def _plan_pass(self, plan: Plan, lora_id: str | None) -> None:
+        plan.batch.lora_id = lora_id
+        budget = self._limits.max_num_tokens
+        under_way = [sequence for sequence in self._running.values() if sequence.lora_id == lora_id]
+        for sequence in sorted(under_way, key=lambda sequence: sequence.num_uncomputed > 1):
+            budget -= self._plan_slice(plan, sequence, budget)
+        while budget > 0 and len(self._running) < self._limits.max_batch_size:
+            admitted = self._next_loaded(lora_id) or self._admit(plan, budget, lora_id)
+            if admitted is None:
+                break
+            self._running[admitted.request_id] = admitted
+            admitted.status = SequenceStatus.RUNNING
+            budget -= self._plan_slice(plan, admitted, budget)
+
+    def _next_loaded(self, lora_id: str | None) -> Sequence | None:
+        for sequence in self._loaded:
+            if sequence.lora_id == lora_id:
+                self._loaded.remove(sequence)
+                return sequence
+        return None
 
     def _plan_slice(self, plan: Plan, sequence: Sequence, budget: int) -> int:
         """Give a sequence its share of the pass; returns the tokens it takes, 0 if it must wait."""
@@ -121,7 +178,7 @@ class Scheduler:
             new_block_ids=list(new_block_ids[0]) if len(new_block_ids) == 1 else [],
             computed_position=sequence.num_computed - (sequence.num_connector_matched_tokens if is_new else 0),
             num_scheduled_tokens=num_tokens,
-            block_hashes=[int.from_bytes(block_hash[:8]) for block_hash in sequence.block_hashes],
+            block_hashes=self._told_hashes(sequence),
             priorities=self._priorities(sequence, len(new_block_ids[0])),
             cache_salt=sequence.cache_salt,
             new_block_ids_by_layer_group=new_block_ids,
@@ -131,27 +188,46 @@ class Scheduler:
         sequence.num_told_blocks = len(sequence.block_ids[0])
 
     @staticmethod
+    def _told_hashes(sequence: Sequence) -> list[int]:
+        """Block hashes as the API has them, integers of 64 bits."""
+        told = sequence.told_hashes
+        told += [int.from_bytes(block_hash[:8]) for block_hash in sequence.block_hashes[len(told) :]]
+        return list(told)
+
+    @staticmethod
     def _priorities(sequence: Sequence, num_blocks: int) -> list[int] | None:
         priority = sequence.params.retention_priority
         return None if priority is None else [priority] * num_blocks
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
-    def _admit(self, plan: Plan, budget: int) -> Sequence | None:
+    def _admit(self, plan: Plan, budget: int, lora_id: str | None) -> Sequence | None:
         """The next request that can run now, with its blocks; those that must load first are set aside."""
-        while self._waiting:
+        while self._waiting and self._waiting[0].lora_id == lora_id:
             sequence = self._waiting[0]
             matched = self._match_pool(sequence)
-            if not self._fits(sequence, matched, budget):
+            if self._loads_fill_share(sequence) or not self._fits(sequence, matched, budget):
+                if self._is_starved():
+                    plan.starved = sequence
                 return None
             self._waiting.popleft()
             if self._allocate(sequence, matched):
                 plan.tell_connector = True
                 sequence.status = SequenceStatus.LOADING
                 self._loading[sequence.request_id] = sequence
+                self._loads[sequence.request_id] = _Transfer(sequence.block_ids, self._clock())
                 continue
             return sequence
         return None
+
+    def _loads_fill_share(self, sequence: Sequence) -> bool:
+        """Whether this request, if it had to load, would bring those that load over their share of the pool. One may
+        always load."""
+        if self._manager is None or not self._loading:
+            return False
+        held = sum(len(other.block_ids[0]) for other in self._loading.values())
+        wanted = self._blocks.num_blocks_for(sequence.num_prompt_tokens)
+        return held + wanted > self._limits.max_loading_share * self._blocks.num_blocks
 
     def _match_pool(self, sequence: Sequence) -> PrefixMatch:
         self._extend_hashes(sequence)
@@ -179,7 +255,7 @@ class Scheduler:
         """Give a sequence the blocks of its prompt and ask the connector for the rest; true if it must load first."""
         sequence.num_pool_tokens = matched.num_blocks * self._blocks.tokens_per_block
         decision = LoadDecision()
-        if self._manager is not None:
+        if self._manager is not None and sequence.may_load:
             decision = self._manager.match(sequence, sequence.num_pool_tokens)
         sequence.block_ids = self._blocks.allocate_prompt(matched, sequence.num_prompt_tokens)
         sequence.num_committed_blocks = matched.num_blocks
@@ -224,7 +300,7 @@ class Scheduler:
         for request_id in finished.loaded:
             self._end_load(request_id, ok=request_id not in failed)
         for request_id in finished.saved:
-            self._blocks.release(self._saving.pop(request_id))
+            self._blocks.release(self._saves.pop(request_id).block_ids)
         return progressed
 
     def _recompute(self, sequence: Sequence) -> None:
@@ -255,7 +331,11 @@ class Scheduler:
             self.finish(sequence, FinishReason.LENGTH)
 
     def _end_load(self, request_id: int, *, ok: bool) -> None:
-        sequence = self._loading.pop(request_id)
+        load = self._loads.pop(request_id)
+        sequence = self._loading.pop(request_id, None)
+        if sequence is None:
+            self._blocks.release(load.block_ids)
+            return
         if sequence.is_finished:
             self._let_go(sequence)
             return
@@ -286,10 +366,45 @@ class Scheduler:
 
     def _let_go(self, sequence: Sequence) -> None:
         if self._manager is not None and self._manager.request_finished(sequence, sequence.block_ids):
-            self._saving[sequence.request_id] = sequence.block_ids
+            self._saves[sequence.request_id] = _Transfer(sequence.block_ids, self._clock())
         else:
             self._blocks.release(sequence.block_ids)
 
+    # -- a connector that never ends a transfer ----------------------------------------------------------------------
+
+    def _give_up_late_transfers(self) -> None:
+        """A request whose load is late is computed in other blocks. Those of a late transfer stay taken, for the
+        connector may still read or write them."""
+        assert self._manager is not None
+        now, deadline_seconds = self._clock(), self._limits.transfer_deadline_seconds
+        for transfers, what in ((self._loads, "load"), (self._saves, "save")):
+            for request_id, transfer in transfers.items():
+                if transfer.is_late or now - transfer.since <= deadline_seconds:
+                    continue
+                transfer.is_late = True
+                complaint = (
+                    f"has not ended its {what} after {deadline_seconds:g} s; its blocks stay taken until it does"
+                )
+                self._manager.complain("get_finished", complaint, request_id)
+                if request_id in self._loading and not self._loading[request_id].is_finished:
+                    self._compute_elsewhere(self._loading.pop(request_id))
+
+    def _compute_elsewhere(self, sequence: Sequence) -> None:
+        assert self._manager is not None
+        end = sequence.num_pool_tokens + sequence.num_connector_matched_tokens
+        self._manager.cancel_load(sequence, sequence.num_pool_tokens, end)
+        sequence.start_over()
+        self._waiting.appendleft(sequence)
+
+    def _is_starved(self) -> bool:
+        """Whether who waits now waits for blocks that late transfers alone hold: they may never come back."""
+        others = self._running or self._loaded or self._loading
+        transfers = [*self._loads.values(), *self._saves.values()]
+        return not others and bool(transfers) and all(transfer.is_late for transfer in transfers)
+
     def check(self) -> None:
         """InvariantError unless the pools' books are right and every block in use is held by a request."""
-        self._blocks.check([*(sequence.block_ids for sequence in self._admitted()), *self._saving.values()])
+        transfers = [*self._saves.values()]
+        transfers += [load for request_id, load in self._loads.items() if request_id not in self._loading]
+        admitted = [sequence.block_ids for sequence in self._admitted()]
+        self._blocks.check(admitted + [transfer.block_ids for transfer in transfers])

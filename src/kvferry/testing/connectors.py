@@ -40,7 +40,8 @@ class Call:
 class Shelf:
     """What the halves share and a test looks at.
 
-    blocks: (layer group, content hash) to one block's bytes. may_end_loads, may_end_saves: whether asynchronous ones report themselves.
+    blocks: (layer group, content hash) to one block's bytes. may_end_loads, may_end_saves: whether asynchronous ones
+    report themselves.
     """
 
     asynchronous_loads: bool = False

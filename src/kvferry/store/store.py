@@ -67,7 +67,7 @@ class Store:
         self._engines: dict[str, dict[int, Geometry]] = {}
         self._roots: dict[Geometry, bytes] = {}
         self._lease_seconds = lease_seconds
-        self._leases = LeaseTable(lease_seconds, options.load_deadline_seconds)
+        self._leases = self._no_leases()
         self._ready: list[int] = []
         self._failed: list[int] = []
         self._writing: Counter[EntryId] = Counter()
@@ -296,7 +296,7 @@ class Store:
             if self._index is not None:
                 self._index.close()
             self._index = None
-            self._leases = LeaseTable(self._lease_seconds, self._options.load_deadline_seconds)
+            self._leases = self._no_leases()
             self._arena.close()
 
     def _wanted(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> list[tuple[int, Wanted]]:
@@ -335,6 +335,9 @@ class Store:
         assert self._index is not None
         parent = (want.parent, want.id[1])
         return self._index.get(parent) is None and self._tiers.source(parent, want.num_ranks) is None
+
+    def _no_leases(self) -> LeaseTable:
+        return LeaseTable(self._arena.info.boot_id, self._lease_seconds, self._options.load_deadline_seconds)
 
     def _arrived(self, entry: Entry, ok: bool) -> None:
         """A tier has finished with one part of an entry; called in its thread."""

@@ -75,7 +75,7 @@ def measure(num_slots: int, num_rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", type=int, default=4096, help="slots of 64 KiB (default: 4096, 268 MB)")
     parser.add_argument("--rounds", type=int, default=15)
@@ -93,12 +93,11 @@ def main() -> int:
         table.add_row(name, f"{figure['gb_per_second']:.2f}", f"{figure['of_memcpy']:.0%}")
     Console(stderr=True).print(table)
     met = all(figure["of_memcpy"] >= BAR for figure in figures.values())
-    text = json.dumps({"figures": figures, "bar": BAR, "bar_met": met}, indent=2)
+    text = json.dumps({"figures": figures, "bar": BAR, "bar_met": met})
     print(text)
     if arguments.json:
         arguments.json.write_text(text)
-    return 0 if met else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

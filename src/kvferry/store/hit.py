@@ -67,7 +67,4 @@ def _window_chunks(group: GroupSpec, chunk_tokens: int) -> int:
 
 
 def _leading(chunks: Sequence[bool], limit: int) -> int:
-    for index in range(limit):
-        if not chunks[index]:
-            return index
-    return limit
+    return next((index for index, has in enumerate(chunks[:limit]) if not has), limit)

@@ -285,9 +285,10 @@ def test_chunks_that_cut_blocks_are_refused(make_engine: MakeEngine) -> None:
         make_engine(chunk_tokens=18)
 
 
-def test_an_arena_too_small_for_a_chunk_is_refused(make_engine: MakeEngine) -> None:
+def test_an_arena_too_small_for_a_chunk_is_refused(make_engine: MakeEngine, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="l1_size_gb"):
         make_engine(l1_size_gb=0.000005)
+    assert not list(tmp_path.rglob("*.arena"))
 
 
 def test_without_shared_memory_the_engine_runs_on(

@@ -115,6 +115,21 @@ def test_a_slab_cut_anew_forgets_its_slots(make_arena: MakeArena) -> None:
     assert arena.read_header(Slot(old[1].offset, 64, 1)) is None
 
 
+def test_a_header_cut_short_says_free(make_arena: MakeArena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before its last write, whoever fills a slot leaves it absent."""
+    arena = make_arena()
+    arena.claim(0)
+    slot = Slot(arena.format_slab(0, 64, rank=0)[0], 64, 5)
+
+    def killed(self: Arena, header_offset: int, state: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Arena, "_write_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        arena.write_header(slot, header(slot, COMMITTED))
+    assert arena.read_header(slot) == header(slot, FREE)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -95,7 +95,10 @@ class PersistentConnectorScheduler(KvCacheConnectorScheduler):
         return len(tracked.matched) * self._block_tokens, False  # False: loaded within the pass, not beside it
 
     def update_state_after_alloc(self, request: Request, block_ids: list[int]) -> None:
-        """The match was taken: now it is known where its blocks go. They are loaded in the request's first pass."""
+        """The prompt has its blocks, which the first pass tells as well. If the match was not taken, forget it."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is not None and request.num_connector_matched_tokens == 0:
+            tracked.matched = range(0)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PassPlan:
         """Loads for the requests that start in this pass, and saves of all blocks that are full after it."""

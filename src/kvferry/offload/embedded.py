@@ -48,9 +48,11 @@ class EmbeddedStores:
             return entry.store
 
     def release(self, engine_id: str) -> None:
-        """One user less; after the last the store is closed."""
+        """One user less; after the last the store is closed. Nothing happens if `close` came first."""
         with self._lock:
-            entry = self._entries[engine_id]
+            entry = self._entries.get(engine_id)
+            if entry is None:
+                return
             entry.num_users -= 1
             if entry.num_users > 0:
                 return

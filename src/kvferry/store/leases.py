@@ -41,12 +41,16 @@ class Lease:
 
 
 class LeaseTable:
-    """Leases by job id: the live ones, and lapsed stores whose ranks may still write."""
+    """Leases by job id: the live ones, and lapsed stores whose ranks may still write.
 
-    def __init__(self, lease_seconds: float, ready_seconds: float) -> None:
+    boot_id: of the store, in hexadecimal. Job ids begin at a number made of it, so that what a rank says of a job of a
+    store that is gone means none of this one's.
+    """
+
+    def __init__(self, boot_id: str, lease_seconds: float, ready_seconds: float) -> None:
         self._lease_seconds = lease_seconds
         self._ready_seconds = ready_seconds
-        self._job_ids = itertools.count(1)
+        self._job_ids = itertools.count(int(boot_id[:10], 16) << 16)
         self._live: dict[int, Lease] = {}
         """In the order of their deadlines, as all leases are equally long."""
         self._lapsed: dict[int, Lease] = {}

@@ -67,7 +67,7 @@ class Store:
         self._engines: dict[str, dict[int, Geometry]] = {}
         self._roots: dict[Geometry, bytes] = {}
         self._lease_seconds = lease_seconds
-        self._leases = LeaseTable(lease_seconds, options.load_deadline_seconds)
+        self._leases = self._no_leases()
         self._ready: list[int] = []
         self._failed: list[int] = []
         self._writing: Counter[EntryId] = Counter()
@@ -129,9 +129,10 @@ class Store:
                 for chunk in needed_units(group, geometry.chunk_tokens, 0, num_chunks):
                     tier = of[chunk]
                     assert tier is not None, "a hit has all that its groups need"
-                    farthest[chunk] = max(farthest[chunk], tier)
-            for tier, count in Counter(farthest).items():
-                self._meter.add(f"matched_chunks_{tier.name.lower()}", count)
+                    if tier is not Tier.MEMORY:
+                        farthest[chunk] = max(farthest[chunk], tier)
+            for tier in Tier:
+                self._meter.add(f"matched_chunks_{tier.name.lower()}", farthest.count(tier))
             self._meter.add("unmatched_chunks", len(keys) - num_chunks)
             return Match(num_chunks, tuple(farthest))
 
@@ -298,7 +299,7 @@ class Store:
             if self._index is not None:
                 self._index.close()
             self._index = None
-            self._leases = LeaseTable(self._lease_seconds, self._options.load_deadline_seconds)
+            self._leases = self._no_leases()
             self._arena.close()
 
     def _wanted(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> list[tuple[int, Wanted]]:
@@ -337,6 +338,9 @@ class Store:
         assert self._index is not None
         parent = (want.parent, want.id[1])
         return self._index.get(parent) is None and self._tiers.source(parent, want.num_ranks) is None
+
+    def _no_leases(self) -> LeaseTable:
+        return LeaseTable(self._arena.info.boot_id, self._lease_seconds, self._options.load_deadline_seconds)
 
     def _arrived(self, entry: Entry, ok: bool) -> None:
         """A tier has finished with one part of an entry; called in its thread."""
@@ -446,6 +450,8 @@ def _loadable(entry: Entry) -> bool:
 
 def _tier_of(entry: Entry | None) -> Tier | None:
     """Where a resident entry counts as being. What is on its way counts as where it comes from: it may yet fail."""
-    if entry is None or not _loadable(entry):
+    if entry is None:
         return None
-    return Tier.MEMORY if entry.state is EntryState.COMMITTED else entry.source
+    if entry.state is EntryState.COMMITTED:
+        return Tier.MEMORY
+    return entry.source if _loadable(entry) else None

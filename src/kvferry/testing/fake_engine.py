@@ -19,8 +19,9 @@ import torch
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
 from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker
 from kvferry.connector.config import LlmArgs
+from kvferry.connector.layout import describe_pools
 from kvferry.connector.manager import Finished, KvCacheConnectorManager
-from kvferry.engine.block_manager import BlockManager
+from kvferry.engine.groups import GroupedBlocks, LayerGroup
 from kvferry.engine.outputs import FinishReason
 from kvferry.engine.sampling import SamplingParams
 from kvferry.engine.scheduler import Limits, Scheduler
@@ -86,11 +87,14 @@ class FakeEngine:
     ) -> None:
         self.args = args
         self.pool = torch.zeros(num_blocks, NUM_LAYERS, 2, NUM_HEADS * TOKENS_PER_BLOCK * HEAD_DIM, device=device)
-        worker.register_kv_caches(self.pool)
+        group = LayerGroup(tuple(range(NUM_LAYERS)))
+        worker.register_kv_cache_layout(describe_pools(TOKENS_PER_BLOCK, [(group.layers, None, self.pool)]))
         scheduler = make_scheduler(args)
         scheduler.wait_for_initialization()
         self.manager = KvCacheConnectorManager(args, worker, scheduler)
-        self.blocks = BlockManager(num_blocks, TOKENS_PER_BLOCK, enable_reuse=args.kv_cache_config.enable_block_reuse)
+        self.blocks = GroupedBlocks(
+            [group], num_blocks, TOKENS_PER_BLOCK, enable_reuse=args.kv_cache_config.enable_block_reuse
+        )
         limits = Limits(args.max_batch_size, args.max_num_tokens, enable_chunked_prefill=True)
         self.scheduler = Scheduler(self.blocks, limits, self.manager)
         self.before_pass: Callable[[], None] = lambda: None
@@ -154,7 +158,7 @@ class FakeEngine:
     def _spoil(self, request_id: int) -> None:
         """A new request's blocks beyond the pool's hit may still hold the right bytes from an earlier one: not here."""
         sequence = self._sequences[request_id]
-        self.pool[sequence.block_ids[sequence.num_pool_tokens // TOKENS_PER_BLOCK :]] = _GARBAGE
+        self.pool[sequence.block_ids[0][sequence.num_pool_tokens // TOKENS_PER_BLOCK :]] = _GARBAGE
 
     def _compute(self, batch: Batch, drawn: dict[int, int]) -> set[int]:
         """Fill in the batch's KV and draw tokens; returns the requests whose past is not what it must be."""
@@ -173,11 +177,11 @@ class FakeEngine:
 
     def _read(self, piece: Slice) -> Kv:
         """What the slice's blocks hold, shape `[tokens, layers, 2, heads, head_dim]`."""
-        pages = self.pool[piece.block_ids].view(-1, NUM_LAYERS, 2, NUM_HEADS, TOKENS_PER_BLOCK, HEAD_DIM)
+        pages = self.pool[piece.block_ids[0]].view(-1, NUM_LAYERS, 2, NUM_HEADS, TOKENS_PER_BLOCK, HEAD_DIM)
         rows: Kv = pages.permute(0, 4, 1, 2, 3, 5).reshape(-1, NUM_LAYERS, 2, NUM_HEADS, HEAD_DIM).cpu().numpy()
         return rows
 
     def _write(self, piece: Slice, rows: Kv) -> None:
         pages = torch.from_numpy(rows).view(-1, TOKENS_PER_BLOCK, NUM_LAYERS, 2, NUM_HEADS, HEAD_DIM)
-        written = pages.permute(0, 2, 3, 4, 1, 5).reshape(len(piece.block_ids), NUM_LAYERS, 2, -1)
-        self.pool[piece.block_ids] = written.to(self.pool.device)
+        written = pages.permute(0, 2, 3, 4, 1, 5).reshape(len(piece.block_ids[0]), NUM_LAYERS, 2, -1)
+        self.pool[piece.block_ids[0]] = written.to(self.pool.device)

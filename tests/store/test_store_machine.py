@@ -1,0 +1,235 @@
+"""A random life of a store beside a model: ranks that fail or never answer, owners that die, time that passes, a tiny
+arena, a tier with faults. Whatever a load gives is what was once stored, and `check` holds after every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from kvferry.blocks import Geometry, GroupKind, Job, Tier
+from kvferry.config import StoreOptions
+from kvferry.store.arena import Arena
+from kvferry.store.base import PartName
+from kvferry.store.store import Store
+from kvferry.store.tier import ByteTier
+from kvferry.testing.block_store import (
+    CHUNK_TOKENS,
+    assert_copied,
+    copy_in,
+    full_geometry,
+    hybrid_geometry,
+    keys_of,
+    register,
+)
+from kvferry.testing.byte_store import DictByteStore
+from kvferry.testing.faults import FaultyByteStore
+
+OWNERS = st.sampled_from(["one", "two"])
+
+
+@dataclasses.dataclass(eq=False)
+class Work:
+    """A job that a fake engine was given. ranks: those that have not said done. sound: every slot was filled."""
+
+    job: Job
+    keys: list[bytes]
+    owner: str
+    ranks: set[int]
+    begun_at: float
+    sound: bool = True
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Prompts share beginnings: prompt p of n chunks is keys_of(geometry, n, first_token=p)."""
+
+    stores: Bundle[Work] = Bundle("stores")
+    loads: Bundle[Work] = Bundle("loads")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.geometry = self.make_geometry()
+        self.now = 0.0
+        self.folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+        self.backend = FaultyByteStore(DictByteStore())
+        self.stored: set[bytes] = set()
+        """Keys of chunks that some store has ended well for."""
+        self.open()
+
+    def make_geometry(self) -> Geometry:
+        return full_geometry(num_ranks=2)
+
+    def open(self) -> None:
+        options = StoreOptions(
+            chunk_tokens=CHUNK_TOKENS,
+            l1_size_gb=230_000 / 1e9,
+            arena_dir=str(self.folder),
+            load_deadline_seconds=2.0,
+            eviction_policy="s3fifo" if isinstance(self, HybridMachine) else "lru",
+        )
+        tier = ByteTier(self.backend, Tier.DISK, clock=lambda: self.now)
+        self.store = Store(options, tiers=[tier], lease_seconds=60.0, clock=lambda: self.now)
+        self.arena: Arena = self.store.mapping
+        self.live: dict[int, Work] = {}
+        self.lapsed: dict[int, Work] = {}
+        register(self.store, self.geometry)
+
+    def keys(self, prompt: int, num_chunks: int) -> list[bytes]:
+        """The first two prompts are one until their third chunk."""
+        keys = keys_of(self.geometry, num_chunks, first_token=1000 + max(prompt, 1))
+        if prompt == 0 and num_chunks > 2:
+            tail = keys_of(self.geometry, num_chunks, first_token=999)
+            return keys[:2] + tail[2:]
+        return keys
+
+    def took(self, job: Job | None, keys: list[bytes], owner: str) -> Work | None:
+        if job is None:
+            return None
+        work = Work(job, keys, owner, set(range(self.geometry.num_ranks)), self.now)
+        self.live[job.job_id] = work
+        return work
+
+    @rule(target=stores, prompt=st.integers(0, 5), num_chunks=st.integers(1, 6), first=st.integers(0, 3), owner=OWNERS)
+    def begin_store(self, prompt: int, num_chunks: int, first: int, owner: str) -> Work | None:
+        keys = self.keys(prompt, num_chunks)
+        return self.took(self.store.begin_store(self.geometry, keys, min(first, num_chunks), owner=owner), keys, owner)
+
+    @rule(target=loads, prompt=st.integers(0, 5), num_chunks=st.integers(1, 6), first=st.integers(0, 3), owner=OWNERS)
+    def begin_load(self, prompt: int, num_chunks: int, first: int, owner: str) -> Work | None:
+        keys = self.keys(prompt, num_chunks)
+        match = self.store.match(self.geometry, keys)
+        assert set(keys[: match.num_chunks]) <= self.stored | set(self.unneeded(keys[: match.num_chunks]))
+        if match.num_chunks <= first:
+            return None
+        keys = keys[: match.num_chunks]
+        work = self.took(self.store.begin_load(self.geometry, keys, first, owner=owner), keys, owner)
+        if work is not None and not work.job.ready:
+            self.await_answer(work)
+        return work if work is not None and work.job.job_id in self.live else None
+
+    def unneeded(self, keys: list[bytes]) -> list[bytes]:
+        """Without a group of full attention, a hit needs the last chunks alone."""
+        return [] if any(group.kind is GroupKind.FULL for group in self.geometry.groups) else keys[:-1]
+
+    def await_answer(self, work: Work) -> None:
+        answer = self.store.poll(10.0)
+        job_id = work.job.job_id
+        assert {*answer.ready, *answer.failed} == {job_id}, "one load waits, and is answered once"
+        if answer.failed:
+            del self.live[job_id]
+
+    @rule(work=stores, rank=st.integers(0, 1), ok=st.sampled_from([True, True, True, False]))
+    def rank_stores(self, work: Work | None, rank: int, ok: bool) -> None:
+        """A rank that is late writes all the same: nobody else's chunk may show it."""
+        if work is None or rank not in work.ranks:
+            return
+        if ok and all(self.arena.holds(part.slots[rank]) for part in work.job.parts):
+            copy_in(self.arena, work.job, work.keys, rank)
+        elif work.job.job_id in self.live | self.lapsed:
+            for part in work.job.parts:
+                self.arena.view(part.slots[rank])[:] = b"\xee" * part.slots[rank].num_bytes
+            ok = False
+        work.ranks.discard(rank)
+        work.sound &= ok
+        self.store.done(work.job.job_id, rank, ok)
+        if not work.ranks:
+            live = self.live.pop(work.job.job_id, None)
+            self.lapsed.pop(work.job.job_id, None)
+            if live is not None and work.sound:
+                self.stored.update(work.keys[part.chunk] for part in work.job.parts)
+
+    @rule(work=consumes(loads), ok=st.booleans())
+    def finish_load(self, work: Work | None, ok: bool) -> None:
+        if work is None:
+            return
+        if self.live.pop(work.job.job_id, None):
+            assert_copied(self.arena, work.job, work.keys)
+        for rank in range(self.geometry.num_ranks):
+            self.store.done(work.job.job_id, rank, ok)
+
+    @rule(work=st.one_of(consumes(stores), consumes(loads)))
+    def cancel(self, work: Work | None) -> None:
+        if work is None:
+            return
+        self.store.cancel(work.job.job_id)
+        live = self.live.pop(work.job.job_id, None)
+        if live and 0 < len(work.ranks) < self.geometry.num_ranks:
+            self.lapsed[work.job.job_id] = work
+
+    @rule(seconds=st.sampled_from([1.0, 30.0, 61.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.store.poll()
+        for job_id, work in [*self.live.items()]:
+            if work.begun_at + 60.0 <= self.now:
+                del self.live[job_id]
+                if any(part.slots for part in work.job.parts) and work.job.kind.value == "store":
+                    self.lapsed[job_id] = work
+
+    @rule(owner=OWNERS)
+    def owner_dies(self, owner: str) -> None:
+        self.store.release(owner)
+        for table in (self.live, self.lapsed):
+            for job_id, work in [*table.items()]:
+                if work.owner == owner:
+                    del table[job_id]
+
+    @rule(fault=st.sampled_from(["none", "none", "put", "get", "short"]))
+    def tier_changes(self, fault: str) -> None:
+        self.backend.put_error = OSError(errno.ENOSPC, "full") if fault == "put" else None
+        self.backend.get_error = OSError(errno.EIO, "broken") if fault == "get" else None
+        self.backend.short_reads = fault == "short"
+
+    @rule(data=st.data())
+    def tier_loses_a_value(self, data: st.DataObject) -> None:
+        assert isinstance(self.backend.inner, DictByteStore)
+        names: list[PartName] = sorted(self.backend.inner.values)
+        if names:
+            self.backend.inner.delete([data.draw(st.sampled_from(names))])
+
+    @rule()
+    def restart(self) -> None:
+        self.store.close()
+        self.open()
+
+    @invariant()
+    def agrees(self) -> None:
+        self.settle()
+        self.store.check()
+        stats = self.store.stats()
+        assert stats["leases"] == len(self.live)
+        assert stats["leases_lapsed_writing"] == len(self.lapsed)
+        withdrawn = sum(len(part.slots) for work in self.lapsed.values() for part in work.job.parts)
+        assert stats["slots_withdrawn"] == withdrawn
+
+    def settle(self) -> None:
+        """Let the tier's threads finish, so that each run of these steps is the same run."""
+        for _ in range(10_000):
+            stats = self.store.stats()
+            if not (stats["parts_being_written_through"] or stats["entries_promoting"]):
+                return
+            threading.Event().wait(0.0005)
+        raise AssertionError("the tier's threads do not finish")
+
+    def teardown(self) -> None:
+        self.store.close()
+        assert not list(self.folder.iterdir())
+        shutil.rmtree(self.folder)
+
+
+class HybridMachine(StoreMachine):
+    def make_geometry(self) -> Geometry:
+        return hybrid_geometry(num_ranks=2)
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(max_examples=30, stateful_step_count=40)
+TestHybridMachine = HybridMachine.TestCase
+TestHybridMachine.settings = settings(max_examples=30, stateful_step_count=40)

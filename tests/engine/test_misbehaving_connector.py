@@ -1,4 +1,4 @@
-"""Whatever a connector does wrong, the engine and its other requests go on with the right tokens, and the log says who."""
+"""Whatever a connector does wrong, the engine goes on with the right tokens, and the log says who did it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker, Request, SchedulerOutput
+from kvferry.connector.api import (
+    NO_BLOCK,
+    KvCacheConnectorScheduler,
+    KvCacheConnectorWorker,
+    Request,
+    SchedulerOutput,
+)
 from kvferry.connector.config import LlmArgs
 from kvferry.errors import ConfigError
 
@@ -129,7 +135,8 @@ class PersistentConnectorScheduler(KvCacheConnectorScheduler):
         """Plan to save the full blocks that hold tokens `start` to `end`. What the folder has, the worker skips."""
         tracked = self._requests[request_id]
         for i in range(start // self._block_tokens, end // self._block_tokens):
-            plan.saves.append(Copy(request_id, tracked.names[i], tracked.block_ids[i]))
+            if tracked.block_ids[i] != NO_BLOCK:  # a sliding window has passed it
+                plan.saves.append(Copy(request_id, tracked.names[i], tracked.block_ids[i]))
 
     def request_finished(self, request: Request, cache_block_ids: list[int]) -> bool:
         """Forget the request. False: saves end within their pass, so its blocks are free at once."""

@@ -1,13 +1,15 @@
 """The connector behind the preset `kvferry`: the planner and the mover in the two halves of the connector API.
 
-Loads are synchronous: what the planner answers lies in memory already, so a load is one copy at the start of the pass.
-Saves end with their pass. Knows no engine.
+A load of what lies in memory is one copy at the start of the pass; one that is large, or that lower tiers have to
+answer first, runs beside the passes while its request waits outside the batch. Saves run beside the passes too. Knows no
+engine.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvferry.config import StoreOptions, load_options
@@ -54,24 +56,29 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
                 self._store,
                 geometry,
                 self._llm_args.kv_cache_config.tokens_per_block,
-                self._options.load_deadline_seconds,
+                self._options,
             )
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        return (self._planner.match(request, num_computed_tokens) if self._planner is not None else 0), False
+        if self._planner is None:
+            return 0, False
+        offer = self._planner.match(request, num_computed_tokens)
+        return offer.num_tokens, offer.is_async
 
     def update_state_after_alloc(self, request: Request, block_ids: list[int]) -> None:
         if self._planner is not None:
-            self._planner.allocated(request, block_ids)
+            self._planner.allocated(request, [block_ids])
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PassMetadata:
         return self._planner.plan(scheduler_output) if self._planner is not None else PassMetadata()
 
     def request_finished(self, request: Request, cache_block_ids: list[int]) -> bool:
-        """Nothing is under way between passes, so the engine may have the blocks back at once."""
+        """True if anything of the request was ever saved: its last copies may be under way."""
+        return self._planner is not None and self._planner.finished(request.request_id)
+
+    def cancel_load(self, request: Request, start: int = 0, end: int = sys.maxsize) -> None:
         if self._planner is not None:
-            self._planner.finished(request.request_id)
-        return False
+            self._planner.cancel_load(request.request_id, start, end)
 
     def stats(self) -> Mapping[str, float]:
         """The store's counters and gauges and the planner's: `load_tokens_memory`, `load_tokens_disk`, ..."""
@@ -96,13 +103,16 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         self._mover: Mover | None = None
         self._loads: list[RequestJob] = []
         """The pass's loads that have not begun."""
+        self._async_loads: list[RequestJob] = []
+        """Those of them that are to run beside the passes."""
         self._loading: dict[int, int] = {}
-        """Job id to request id of the loads under way."""
+        """Job id to request id of the pass's loads under way."""
         self._stores: list[RequestJob] = []
         """The pass's saves that have not begun."""
         self._failed: set[int] = set()
         """Requests a load of which failed in this pass: nothing that it computes for them may be kept."""
         self._unreported: set[int] = set()
+        self._beside = _Beside()
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
         """ConfigError: the arena is too small for one chunk."""
@@ -126,7 +136,8 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
                 raise
             arena = self._store.mapping
             engine = CopyEngine(layout, arena.buffer)
-            self._mover = Mover(self._store, arena, [engine], self._llm_args.rank)
+            seconds = self._options.load_deadline_seconds
+            self._mover = Mover(self._store, arena, [engine], self._llm_args.rank, ready_seconds=seconds)
 
     def _known_layout(self, pool: torch.Tensor) -> Layout | UnknownLayout:
         """The pool's layout, proved on the pool itself, which nobody uses yet."""
@@ -151,9 +162,13 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         super().bind_connector_meta(metadata)
         assert isinstance(metadata, PassMetadata)
         self._loads = list(metadata.loads)
+        self._async_loads = list(metadata.async_loads)
         self._stores = list(metadata.stores)
         self._failed = set(metadata.lost_loads)
         self._unreported.update(self._failed)
+        if self._mover is not None:
+            for job_id in self._beside.load_jobs(metadata.cancelled_loads):
+                self._mover.cancel(job_id)
 
     def start_load_kv(self, stream: Any) -> None:
         if self._mover is not None:
@@ -161,6 +176,10 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
             for load in loads:
                 self._loading[load.job.job_id] = load.request_id
                 self._mover.begin_load(load.job, stream)
+            beside, self._async_loads = self._async_loads, []
+            for load in beside:
+                self._beside.loads[load.job.job_id] = load.request_id
+                self._mover.load_beside(load.job, stream)
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
         """All layers are awaited before the first: 83 MB take 11 ms on two idle cores, a twentieth of the pass."""
@@ -170,21 +189,28 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         """Saved at the end of the pass, all layers of a block in one copy."""
 
     def wait_for_save(self, stream: Any) -> None:
-        """Save what the pass completed, but nothing that it computed from a load that failed."""
+        """Begin to save what the pass completed, but nothing that it computed from a load that failed."""
         self._end_loads()
         if self._mover is not None:
             stores, self._stores = self._stores, []
             for store in stores:
                 if store.request_id in self._failed:
                     self._mover.give_up(store.job)
-            self._mover.save([store.job for store in stores if store.request_id not in self._failed], stream)
+            kept = [store for store in stores if store.request_id not in self._failed]
+            self._beside.saves.update((store.job.job_id, store.request_id) for store in kept)
+            self._mover.save([store.job for store in kept], stream)
         self._clear_connector_meta()
 
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
     ) -> tuple[list[int], list[int]]:
-        """Nothing is asynchronous, so nothing is ever offered."""
-        return [], []
+        """A load that was offered but never came here, as its pass broke off, has failed."""
+        self._give_up_async_loads()
+        if self._mover is not None:
+            self._beside.take_in(self._mover.take_ended())
+        saved, loaded, failed = self._beside.report(finished_gen_req_ids, started_loading_req_ids)
+        self._unreported.update(failed)
+        return saved, loaded
 
     def take_failed_loads(self) -> list[int]:
         failed, self._unreported = list(self._unreported), set()
@@ -214,10 +240,59 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         self._failed |= failed
         self._unreported |= failed
 
+    def _give_up_async_loads(self) -> None:
+        """End the loads that a pass should have begun; `get_finished` reports their requests, which it does not know."""
+        loads, self._async_loads = self._async_loads, []
+        if self._mover is not None:
+            for load in loads:
+                self._mover.give_up(load.job)
+
     def _give_up_pass(self) -> None:
         """End the jobs of a pass that never came to its end."""
         self._end_loads()
+        self._give_up_async_loads()
         if self._mover is not None:
             for store in self._stores:
                 self._mover.give_up(store.job)
         self._stores = []
+
+
+class _Beside:
+    """The requests of a worker's jobs that run beside the passes, and what the engine is to be told of them.
+
+    loads, saves: job id to request id of the jobs under way.
+    """
+
+    def __init__(self) -> None:
+        self.loads: dict[int, int] = {}
+        self.saves: dict[int, int] = {}
+        self._offered_loads: set[int] = set()
+        self._offered_saves: set[int] = set()
+        self._loaded: dict[int, bool] = {}
+
+    def load_jobs(self, request_ids: Collection[int]) -> list[int]:
+        """The loads under way of these requests."""
+        return [job_id for job_id, request_id in self.loads.items() if request_id in request_ids]
+
+    def take_in(self, ended: Mapping[int, bool]) -> None:
+        """Jobs that ended, and whether well."""
+        for job_id, ok in ended.items():
+            request_id = self.loads.pop(job_id, None)
+            if request_id is not None:
+                self._loaded[request_id] = ok
+            self.saves.pop(job_id, None)
+
+    def report(
+        self, finished: Collection[int], started: Collection[int]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """What to report of the requests offered now and earlier: saved, loaded, and which of the loaded ones failed."""
+        self._offered_saves.update(finished)
+        self._offered_loads.update(started)
+        if not (self._offered_saves or self._offered_loads):
+            return [], [], []
+        saving, loading = set(self.saves.values()), set(self.loads.values())
+        saved = sorted(self._offered_saves - saving)
+        loaded = sorted(self._offered_loads - loading)
+        self._offered_saves &= saving
+        self._offered_loads &= loading
+        return saved, loaded, [request_id for request_id in loaded if not self._loaded.pop(request_id, False)]

@@ -97,6 +97,7 @@ class FakeEngine:
         self.num_failed_loads = 0
         self.is_shut_down = False
         self._sequences: dict[int, EngineSequence] = {}
+        self._spoiled: set[int] = set()
         self._ids = itertools.count()
 
     def add(self, prompt: Sequence[int], max_tokens: int = 1, salt: str | None = None) -> EngineSequence:
@@ -108,11 +109,17 @@ class FakeEngine:
         return sequence
 
     def run(self, prompt: Sequence[int], max_tokens: int = 1, salt: str | None = None) -> EngineSequence:
-        """One request, to its end."""
+        """One request, to its end and that of its saves."""
         sequence = self.add(prompt, max_tokens, salt)
         while not sequence.is_finished:
             self.step()
+        self.settle()
         return sequence
+
+    def settle(self) -> None:
+        """Go on until no load or save is under way."""
+        while self.scheduler.has_transfers:
+            self.step()
 
     def abort(self, sequence: EngineSequence) -> None:
         """End a request in whatever state it is."""
@@ -123,8 +130,9 @@ class FakeEngine:
         plan = self.scheduler.schedule()
         wrong: set[int] = set()
         drawn: dict[int, int] = {}
-        for data in plan.output.new_requests:
-            self._spoil(data.request_id)
+        for sequence in self._sequences.values():
+            if sequence.block_ids and sequence.request_id not in self._spoiled:
+                self._spoil(sequence)
         if plan.tell_connector:
             self.manager.exchange_metadata(plan.output)
             self.before_pass()
@@ -151,9 +159,9 @@ class FakeEngine:
         self.manager.shutdown()
         assert not self.manager.num_errors, self.manager.num_errors
 
-    def _spoil(self, request_id: int) -> None:
+    def _spoil(self, sequence: EngineSequence) -> None:
         """A new request's blocks beyond the pool's hit may still hold the right bytes from an earlier one: not here."""
-        sequence = self._sequences[request_id]
+        self._spoiled.add(sequence.request_id)
         self.pool[sequence.block_ids[sequence.num_pool_tokens // TOKENS_PER_BLOCK :]] = _GARBAGE
 
     def _compute(self, batch: Batch, drawn: dict[int, int]) -> set[int]:

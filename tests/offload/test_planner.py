@@ -357,7 +357,8 @@ def test_a_lower_tier_that_is_slow_or_empty_leaves_what_is_in_memory(tmp_path: P
     )
     store = Store(options, tiers=[ByteTier(backend, Tier.DISK)])
     store.register("engine", 0, GEOMETRY)
-    planner = Planner(store, GEOMETRY, BLOCK, StoreOptions(async_load="never", load_deadline_seconds=60 if answers else 0.05))
+    waiting = StoreOptions(async_load="never", load_deadline_seconds=60 if answers else 0.05)
+    planner = Planner(store, GEOMETRY, BLOCK, waiting)
     hand = Hand(store, planner)
     job = store.begin_store(GEOMETRY, planner_keys(33), 0)
     assert job is not None

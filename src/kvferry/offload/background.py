@@ -1,9 +1,9 @@
 """One thread that runs jobs beside the forward passes, and waits for those that are not ready. Knows no copy.
 
-    submit   queued; the thread runs it when its turn comes
-    wait_for kept aside until `is_ready` says yes or no, or its deadline comes, then run or given up
-    cancel   one that is still kept aside is given up
-    take_ended   what has ended since the last call, and how
+submit   queued; the thread runs it when its turn comes
+wait_for kept aside until `is_ready` says yes or no, or its deadline comes, then run or given up
+cancel   one that is still kept aside is given up
+take_ended   what has ended since the last call, and how
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Readiness(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A job in the background. `run(True)` does it, `run(False)` gives it up; either answers whether it is done well."""
+    """A job in the background. `run(True)` does it, `run(False)` gives it up; the answer: whether it is done well."""
 
     job_id: int
     run: Callable[[bool], bool]
@@ -59,10 +59,10 @@ class Background:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def submit(self, task: Task) -> None:
-        """Run a task when its turn comes."""
+    def submit(self, task: Task, *, wanted: bool = True) -> None:
+        """Run a task when its turn comes, or give it up then."""
         with self._work:
-            self._runnable.append((task, True))
+            self._runnable.append((task, wanted))
             self._wake()
 
     def wait_for(self, task: Task, readiness: Callable[[], Readiness], timeout_seconds: float) -> None:

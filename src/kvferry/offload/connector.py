@@ -1,8 +1,8 @@
 """The connector behind the preset `kvferry`: the planner and the mover in the two halves of the connector API.
 
 A load of what lies in memory is one copy at the start of the pass; one that is large, or that lower tiers have to
-answer first, runs beside the passes while its request waits outside the batch. Saves run beside the passes too. Knows no
-engine.
+answer first, runs beside the passes while its request waits outside the batch. Saves run beside the passes too.
+Knows no engine.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from kvferry.config import StoreOptions, load_options
 from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker, Request, SchedulerOutput
 from kvferry.connector.config import LlmArgs
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, StoreError
 from kvferry.observability.log import set_level
-from kvferry.offload.embedded import EMBEDDED
+from kvferry.offload.embedded import EMBEDDED, open_for_rank
 from kvferry.offload.identity import check_chunk_tokens, identity, single_group_geometry
 from kvferry.offload.metadata import PassMetadata, RequestJob
 from kvferry.offload.mover import Mover
@@ -46,7 +46,7 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
     def __init__(self, llm_args: LlmArgs) -> None:
         super().__init__(llm_args)
         self._options = _options(llm_args)
-        self._store: Store | None = EMBEDDED.acquire(llm_args.engine_id, self._options)
+        self._store: Store | None = EMBEDDED.acquire(llm_args.engine_id, self._options, llm_args.runtime_dir)
         self._planner: Planner | None = None
 
     def wait_for_initialization(self) -> None:
@@ -99,7 +99,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
     def __init__(self, llm_args: LlmArgs) -> None:
         super().__init__(llm_args)
         self._options = _options(llm_args)
-        self._store: Store | None = EMBEDDED.acquire(llm_args.engine_id, self._options)
+        self._store = open_for_rank(llm_args, self._options)
         self._mover: Mover | None = None
         self._loads: list[RequestJob] = []
         """The pass's loads that have not begun."""
@@ -130,14 +130,17 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
                 self._llm_args, name, layout.fingerprint(), layout.part_bytes(chunk_tokens), chunk_tokens
             )
             try:
-                self._store.register(self._llm_args.engine_id, self._llm_args.rank, geometry)
+                self._store.store.register(self._llm_args.engine_id, self._llm_args.rank, geometry)
+            except StoreError as error:
+                logger.warning("KV is not kept beyond the engine's pool: %s", error)
+                return
             except ConfigError:  # There will be no engine, hence nobody to call `shutdown`.
                 self.shutdown()
                 raise
-            arena = self._store.mapping
+            arena = self._store.arena
             engine = CopyEngine(layout, arena.buffer)
             seconds = self._options.load_deadline_seconds
-            self._mover = Mover(self._store, arena, [engine], self._llm_args.rank, ready_seconds=seconds)
+            self._mover = Mover(self._store.store, arena, [engine], self._llm_args.rank, ready_seconds=seconds)
 
     def _known_layout(self, pool: torch.Tensor) -> Layout | UnknownLayout:
         """The pool's layout, proved on the pool itself, which nobody uses yet."""
@@ -225,8 +228,9 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         if self._mover is not None:
             self._mover.close()
             self._mover = None
-        self._store = None
-        EMBEDDED.release(self._llm_args.engine_id)
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
     def _end_loads(self) -> None:
         """Wait for the pass's loads; those that were never begun have failed."""
@@ -241,7 +245,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         self._unreported |= failed
 
     def _give_up_async_loads(self) -> None:
-        """End the loads that a pass should have begun; `get_finished` reports their requests, which it does not know."""
+        """End the loads that a pass should have begun. What is not in `_beside` is reported as failed once offered."""
         loads, self._async_loads = self._async_loads, []
         if self._mover is not None:
             for load in loads:
@@ -282,10 +286,8 @@ class _Beside:
                 self._loaded[request_id] = ok
             self.saves.pop(job_id, None)
 
-    def report(
-        self, finished: Collection[int], started: Collection[int]
-    ) -> tuple[list[int], list[int], list[int]]:
-        """What to report of the requests offered now and earlier: saved, loaded, and which of the loaded ones failed."""
+    def report(self, finished: Collection[int], started: Collection[int]) -> tuple[list[int], list[int], list[int]]:
+        """What to report of the requests offered now and earlier: saved, loaded, and which of the loaded failed."""
         self._offered_saves.update(finished)
         self._offered_loads.update(started)
         if not (self._offered_saves or self._offered_loads):

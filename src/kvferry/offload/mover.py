@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from kvferry.observability.metrics import Meter
@@ -79,7 +80,7 @@ class Mover:
     def load_beside(self, job: CopyJob, stream: Any) -> None:
         """Copy into the pool once the slots are filled, after the work that `stream` was given so far."""
         mark = self._side.mark(stream)
-        task = Task(job.job_id, lambda wanted: self._run(Direction.TO_POOL, job, mark, wanted))
+        task = Task(job.job_id, partial(self._run, Direction.TO_POOL, job, mark))
         if job.ready:
             self._background.submit(task)
         else:
@@ -94,11 +95,8 @@ class Mover:
         ]
         mark = self._side.mark(stream)
         for job, copies in begun:
-            self._save_rest(job, mark, copies is not None and self._finish(copies))
-
-    def _save_rest(self, job: CopyJob, mark: Any, ok: bool) -> None:
-        run = lambda wanted: self._run(Direction.FROM_POOL, job, mark, wanted and ok)  # noqa: E731 - a task's body
-        self._background.submit(Task(job.job_id, run))
+            task = Task(job.job_id, partial(self._run, Direction.FROM_POOL, job, mark))
+            self._background.submit(task, wanted=copies is not None and self._finish(copies))
 
     def cancel(self, job_id: int) -> None:
         """A load beside the passes is not needed: it ends at once, unless its copies have begun."""

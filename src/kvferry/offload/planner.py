@@ -152,7 +152,7 @@ class Planner:
             tracked = self._running.get(data.request_id)
             if tracked is not None:
                 for known, added in zip(tracked.block_ids, _blocks_of(data), strict=True):
-                    known += added
+                    known.extend(added)
                 tracked.chain.extend(data.new_tokens)
                 self._plan_store(data, tracked, data.computed_position, metadata)
         return metadata

@@ -43,13 +43,15 @@ class SideStream:
     """Where copies run that outlast a pass. On a CPU there are no streams: what was called has happened."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream: Any = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def mark(self, stream: Any) -> Any:
         """The work that `stream` was given so far, for `follow`."""
         if self.stream is None:
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(stream)
         return event
 

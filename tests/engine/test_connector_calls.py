@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from kvferry import LLM, KvCacheConfig, SamplingParams
-from kvferry.connector.api import SchedulerOutput
+from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, SamplingParams
+from kvferry.connector.api import NO_BLOCK, SchedulerOutput
 from kvferry.engine.outputs import FinishReason
-from kvferry.testing.connectors import SHELVES, Shelf, shelf_config
+from kvferry.errors import ConnectorError
+from kvferry.testing.connectors import SHELVES, Shelf, ShelfScheduler, shelf_config
 
 from .conftest import make_prompt
 
@@ -42,9 +44,9 @@ def outputs_built(shelf: Shelf) -> list[SchedulerOutput]:
 def test_pool_is_registered_once_in_the_promised_shape(llama: str, shelf: Shelf) -> None:
     with make_llm(llama):
         pass
-    heads_tokens_dim = 2 * BLOCK * 8
-    assert shelf.calls[0].hook == "register_kv_caches"
-    assert shelf.calls[0].arguments == ((512 // BLOCK, NUM_LAYERS, 2, heads_tokens_dim),)
+    assert shelf.calls[0].hook == "register_kv_cache_layout"
+    pool = shelf.calls[0].arguments[0].as_single_pool_tensor()
+    assert tuple(pool.shape) == (512 // BLOCK, NUM_LAYERS, 2, 2 * BLOCK * 8)
     assert [call.hook for call in shelf.calls[1:]] == ["worker.shutdown", "scheduler.shutdown"]
 
 
@@ -65,7 +67,7 @@ def test_n_tokens_are_n_passes_and_a_request_is_new_once(llama: str, shelf: Shel
     assert [step.num_scheduled_tokens for step in steps] == [1, 1, 1, 1]
     assert [len(step.new_block_ids) for step in steps] == [0, 0, 1, 0]
     (finished,) = shelf.called("request_finished")
-    assert finished.arguments[1] == (*first.new_block_ids, *steps[2].new_block_ids)
+    assert finished.arguments[1] == ((*first.new_block_ids, *steps[2].new_block_ids),)
 
 
 def test_further_prefill_chunks_bring_nothing_new(llama: str, shelf: Shelf) -> None:
@@ -101,7 +103,7 @@ def test_hooks_of_a_pass_come_in_order(llama: str, shelf: Shelf) -> None:
         layer for _, layer in layers
     ]
     assert made[0].arguments == (1, 0)
-    assert len(made[1].arguments[1]) == 2
+    assert [len(of_group) for of_group in made[1].arguments[1]] == [2]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -169,8 +171,76 @@ def test_aborting_a_loading_request_frees_its_blocks_once_the_copy_ends(llama: s
         assert handle.result(timeout=30).finish_reason is FinishReason.ABORT
         llm._core.call(lambda: None)
         assert llm._blocks.num_free == llm._blocks.num_blocks - 6
-        assert [call.arguments for call in shelf.called("cancel_load")] == [(handle.request_id,)]
+        assert [call.arguments for call in shelf.called("cancel_load")] == [(handle.request_id, 0, 5 * BLOCK)]
         shelf.may_end_loads = True
         while llm._blocks.num_free < llm._blocks.num_blocks:
             llm._core.call(lambda: None)
         llm.check()
+
+
+def test_a_model_of_two_layer_groups_is_served_by_group(
+    models: dict[str, Path], shelf: Shelf, reference: Reference
+) -> None:
+    model = str(models["gemma3"])
+    prompt = make_prompt(9 * BLOCK + 3)
+    expected = reference(model, prompt, 8)
+    with make_llm(model, max_tokens=96) as llm:
+        layout = shelf.calls[0].arguments[0]
+        assert [(group.layer_ids, group.window_size) for group in layout.groups] == [((0, 1, 3), 16), ((2,), None)]
+        assert layout.as_single_pool_tensor() is None
+        first = llm.generate(prompt, SamplingParams(max_tokens=8, ignore_eos=True))
+        llm.generate(make_prompt(88, seed=9), SamplingParams(max_tokens=2))
+        shelf.calls.clear()
+        loaded = llm.generate(prompt, SamplingParams(max_tokens=8, ignore_eos=True))
+        llm.check()
+    for output in (first, loaded):
+        assert list(output.token_ids)[: len(expected)] == expected
+    assert loaded.metrics.num_connector_tokens == 9 * BLOCK
+    (new,) = [data for built in outputs_built(shelf) for data in built.new_requests]
+    assert new.new_block_ids == []
+    assert [len(of_group) for of_group in new.new_block_ids_by_layer_group] == [10, 10]
+    (finished,) = shelf.called("request_finished")
+    window, full = finished.arguments[1]
+    assert [block_id == NO_BLOCK for block_id in window] == [True] * 8 + [False] * 3
+    assert NO_BLOCK not in full
+
+
+def test_blocks_behind_the_window_at_a_pool_hit_do_not_exist(models: dict[str, Path], shelf: Shelf) -> None:
+    prompt = make_prompt(9 * BLOCK + 3)
+    with make_llm(str(models["gemma3"])) as llm:
+        llm.generate(prompt, SamplingParams(max_tokens=1))
+        shelf.calls.clear()
+        assert llm.generate(prompt, SamplingParams(max_tokens=1)).metrics.num_pool_tokens == 9 * BLOCK
+        llm.check()
+    (allocated,) = shelf.called("update_state_after_alloc")
+    window, full = allocated.arguments[1]
+    assert window[:7] == (NO_BLOCK,) * 7
+    assert NO_BLOCK not in (*window[7:], *full)
+
+
+def test_flat_forms_alone_are_refused_by_name_where_there_are_groups(models: dict[str, Path], tmp_path: Path) -> None:
+    config = KvCacheConnectorConfig(connector="persistent", options={"folder": str(tmp_path)})
+    with pytest.raises(ConnectorError, match=r"PersistentConnectorScheduler lacks update_state_after_alloc_by_layer"):
+        LLM(str(models["gemma3"]), kv_connector_config=config)
+
+
+def test_a_class_with_the_grouped_form_alone_says_so_when_asked_for_the_flat_one() -> None:
+    class Grouped(ShelfScheduler):
+        pass
+
+    with pytest.raises(NotImplementedError, match="request_finished_by_layer_group, not request_finished"):
+        Grouped.request_finished(object.__new__(Grouped), None, [])  # type: ignore[arg-type]
+
+
+def test_salts_and_priorities_reach_the_connector_and_keep_kv_apart(llama: str, shelf: Shelf) -> None:
+    prompt = make_prompt(40)
+    found = []
+    with make_llm(llama) as llm:
+        for salt in ("a", "a", "b", None, None, "b"):
+            output = llm.generate(prompt, SamplingParams(max_tokens=1, cache_salt=salt, retention_priority=70))
+            found.append(output.metrics.num_pool_tokens)
+    assert found == [0, 32, 0, 0, 32, 32]
+    news = [data for built in outputs_built(shelf) for data in built.new_requests]
+    assert [data.cache_salt for data in news] == ["a", "a", "b", None, None, "b"]
+    assert {tuple(data.priorities or ()) for data in news} == {(70,) * 5}
+    assert len({tuple(data.block_hashes) for data in news}) == 3

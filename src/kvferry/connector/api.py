@@ -14,7 +14,7 @@ Knows no store and imports no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvferry.connector.config import LlmArgs
+    from kvferry.connector.layout import KvCacheLayout
 
 NO_BLOCK = -1
 """Stands for a block that a layer group does not have at this position. Never an index."""
@@ -55,11 +56,12 @@ class RequestData:
 
     new_tokens: the whole prompt the first time; later only what was added (one token a decode step, none for a further
         prefill chunk).
-    new_block_ids: all the request's blocks the first time; later only those added.
+    new_block_ids: all the request's blocks the first time; later only those added. Empty where there are several layer
+        groups, whose ids cannot share a list.
     computed_position: tokens whose KV the engine has before this pass, without those that the connector matched the
         first time the request appears.
     num_scheduled_tokens: tokens that this pass computes.
-    block_hashes: the engine's content hashes of the request's full prompt blocks, the first time; else empty.
+    block_hashes: the engine's content hashes of the request's full blocks so far, from its first block on.
     priorities: retention priorities of `new_block_ids`, or None.
     new_block_ids_by_layer_group: as `new_block_ids`, one list a layer group; NO_BLOCK where a group has none.
     """
@@ -69,7 +71,7 @@ class RequestData:
     new_block_ids: list[int]
     computed_position: int
     num_scheduled_tokens: int
-    block_hashes: list[bytes] = field(default_factory=list)
+    block_hashes: list[int] = field(default_factory=list)
     priorities: list[int] | None = None
     cache_salt: str | None = None
     new_block_ids_by_layer_group: list[list[int]] = field(default_factory=list)
@@ -84,13 +86,51 @@ class SchedulerOutput:
     cached_requests: list[RequestData] = field(default_factory=list)
 
 
+def _stand_in(flat: str, grouped: str) -> Any:
+    """What a class that has the form by layer group alone has for the flat form."""
+
+    def refuse(self: object, *_: object) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has {grouped}, not {flat}")
+
+    return refuse
+
+
+def _complete(cls: type, base: type, forms: dict[str, str]) -> None:
+    """Let a class that overrides the form by layer group leave the flat form out, which is abstract.
+
+    To be called from `__init_subclass__`: abstract methods are counted after it.
+    """
+    for flat, grouped in forms.items():
+        is_grouped = getattr(cls, grouped) is not getattr(base, grouped)
+        if is_grouped and getattr(getattr(cls, flat), "__isabstractmethod__", False):
+            setattr(cls, flat, _stand_in(flat, grouped))
+
+
+def _only(groups: list[list[int]], connector: object, hook: str) -> list[int]:
+    if len(groups) != 1:
+        raise NotImplementedError(f"{type(connector).__name__} lacks {hook}, which {len(groups)} layer groups need")
+    return groups[0]
+
+
 class KvCacheConnectorScheduler(ABC):
-    """The deciding half, on rank 0 alone. All hooks are called from the engine's loop, never concurrently."""
+    """The deciding half, on rank 0 alone. All hooks are called from the engine's loop, never concurrently.
+
+    The engine calls the forms `..._by_layer_group`; where there is one group these call the flat forms by default, so a
+    connector writes one of the two. On a model of several groups, flat forms alone are refused at the start.
+    """
 
     def __init__(self, llm_args: LlmArgs) -> None:
         self._llm_args = llm_args
         self._config = llm_args
         super().__init__()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        forms = {
+            "request_finished": "request_finished_by_layer_group",
+            "update_state_after_alloc": "update_state_after_alloc_by_layer_group",
+        }
+        _complete(cls, KvCacheConnectorScheduler, forms)
 
     @abstractmethod
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> object:
@@ -99,8 +139,8 @@ class KvCacheConnectorScheduler(ABC):
 
     @abstractmethod
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens after the first `num_computed_tokens` (which the engine's pool holds) can be loaded, a multiple
-        of the block size, and whether the load is asynchronous. Asked once per allocation, before it."""
+        """How many tokens after the first `num_computed_tokens` (which the engine's pool holds) can be loaded, and
+        whether asynchronously; a multiple of the block size. Asked once per allocation, before it."""
 
     @abstractmethod
     def request_finished(self, request: Request, cache_block_ids: list[int]) -> bool:
@@ -109,13 +149,29 @@ class KvCacheConnectorScheduler(ABC):
 
     @abstractmethod
     def update_state_after_alloc(self, request: Request, block_ids: list[int]) -> None:
-        """The match was taken and the prompt's blocks are allocated: `ceil(prompt / tokens_per_block)` ids, in order."""
+        """The match was taken; these are the prompt's blocks in order: `ceil(prompt / tokens_per_block)` ids."""
+
+    def request_finished_by_layer_group(
+        self, request: Request, cache_block_ids_by_layer_group: list[list[int]]
+    ) -> bool:
+        """As `request_finished`, one list a layer group; NO_BLOCK where the window has passed."""
+        hook = "request_finished_by_layer_group"
+        return self.request_finished(request, _only(cache_block_ids_by_layer_group, self, hook))
+
+    def update_state_after_alloc_by_layer_group(
+        self, request: Request, block_ids_by_layer_group: list[list[int]]
+    ) -> None:
+        """As `update_state_after_alloc`, one list a layer group: `[g][i]` is block `i` of the prompt in group `g`, or
+        NO_BLOCK where the group needs none."""
+        hook = "update_state_after_alloc_by_layer_group"
+        self.update_state_after_alloc(request, _only(block_ids_by_layer_group, self, hook))
 
     def wait_for_initialization(self) -> None:
         """Called once after every rank has registered its pool and before the first request."""
 
-    def cancel_load(self, request: Request) -> None:
-        """An asynchronous load is no longer wanted. Its blocks stay allocated until the ranks report it."""
+    def cancel_load(self, request: Request, start: int, end: int) -> None:
+        """The load of prompt tokens `start` to `end`, which a match promised, is no longer wanted. The blocks of an
+        asynchronous load that has begun stay allocated until the ranks report it."""
 
     def shutdown(self) -> None:
         """The engine ends. Called once, after the last pass."""
@@ -129,6 +185,10 @@ class KvCacheConnectorWorker(ABC):
         self._config = llm_args
         self._metadata: Any = None
         super().__init__()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _complete(cls, KvCacheConnectorWorker, {"register_kv_caches": "register_kv_cache_layout"})
 
     def bind_connector_meta(self, metadata: object) -> None:
         """Give this rank the metadata of the coming pass."""
@@ -146,8 +206,18 @@ class KvCacheConnectorWorker(ABC):
         """The rank's pool, shape `[num_blocks, num_layers, kv_factor, heads * tokens_per_block * head_dim]`. Called
         once, before the first request."""
 
-    def register_forward_pass_callable(self) -> Any:
-        """A callable that the engine runs at the start of each forward pass, or None."""
+    def register_kv_cache_layout(self, layout: KvCacheLayout) -> None:
+        """The rank's pools as byte ranges: what the engine calls, once, before the first request. By default a layout
+        that is one tensor goes to `register_kv_caches`. NotImplementedError: it is not one tensor."""
+        pool = layout.as_single_pool_tensor()
+        if pool is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} lacks register_kv_cache_layout, which {len(layout.groups)} layer groups need"
+            )
+        self.register_kv_caches(pool)
+
+    def register_forward_pass_callable(self) -> Callable[[], object] | None:
+        """A callable that the engine runs at the end of each forward pass, on the pass's stream, or None."""
         return None
 
     @abstractmethod

@@ -17,7 +17,9 @@ A rank's life in one iteration, in this order on every rank:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +28,9 @@ from kvferry.connector.config import LlmArgs
 
 logger = logging.getLogger("kvferry.connector")
 T = TypeVar("T")
+
+SLOW_HOOK_SECONDS = 1.0
+"""A hook that takes longer is complained of: it runs in the engine's loop, which nothing can do for it."""
 
 _MAX_REMEMBERED_COMPLAINTS = 10_000
 """Complaints are logged once per hook and request; forgetting them now and then bounds the memory that this takes."""
@@ -138,6 +143,7 @@ class KvCacheConnectorManager:
         worker: KvCacheConnectorWorker,
         scheduler: KvCacheConnectorScheduler | None,
         collective: Collective | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = worker
         self.scheduler = scheduler
@@ -153,6 +159,8 @@ class KvCacheConnectorManager:
         self._pass_has_meta = False
         self._pass_broken = False
         self._said: set[tuple[str, int | None]] = set()
+        self._clock = clock
+        self._after_forward = self._call("register_forward_pass_callable", worker.register_forward_pass_callable)
 
     @property
     def name(self) -> str:
@@ -179,7 +187,7 @@ class KvCacheConnectorManager:
             return LoadDecision()
         complaint = self._complaint(answer, len(request.get_tokens(0)), num_computed_tokens)
         if complaint is not None:
-            self._count_error("get_num_new_matched_tokens", complaint, request.request_id)
+            self.complain("get_num_new_matched_tokens", complaint, request.request_id)
             return LoadDecision()
         return LoadDecision(num_tokens=int(answer[0]), is_async=bool(answer[1]))
 
@@ -196,14 +204,14 @@ class KvCacheConnectorManager:
             return "promised an asynchronous load of 0 tokens"
         return None
 
-    def allocated(self, request: Request, block_ids: Sequence[int], decision: LoadDecision) -> bool:
-        """Leader: the prompt has its blocks and the match is taken. False: nothing will be loaded after all, so the
-        engine computes those tokens."""
+    def allocated(self, request: Request, block_ids: Sequence[Sequence[int]], decision: LoadDecision) -> bool:
+        """Leader: the prompt has its blocks, one list a layer group, and the match is taken. False: nothing will be
+        loaded after all, so the engine computes those tokens."""
         assert self.scheduler is not None
         scheduler, request_id = self.scheduler, request.request_id
 
         def tell() -> bool:
-            scheduler.update_state_after_alloc(request, list(block_ids))
+            scheduler.update_state_after_alloc_by_layer_group(request, [list(ids) for ids in block_ids])
             return True
 
         told = self._call("update_state_after_alloc", tell, request_id)
@@ -215,18 +223,20 @@ class KvCacheConnectorManager:
             self._loads_of_next_pass.add(request_id)
         return True
 
-    def cancel_load(self, request: Request) -> None:
-        """Leader: an asynchronous load is no longer wanted. Its blocks stay until `collect` answers it as loaded."""
+    def cancel_load(self, request: Request, start: int, end: int) -> None:
+        """Leader: the asynchronous load of prompt tokens `start` to `end` is no longer wanted. Its blocks stay until
+        `collect` answers it as loaded."""
         assert self.scheduler is not None
         scheduler = self.scheduler
-        self._call("cancel_load", lambda: scheduler.cancel_load(request), request.request_id)
+        self._call("cancel_load", lambda: scheduler.cancel_load(request, start, end), request.request_id)
 
-    def request_finished(self, request: Request, block_ids: Sequence[int]) -> bool:
+    def request_finished(self, request: Request, block_ids: Sequence[Sequence[int]]) -> bool:
         """Leader: no more tokens. True: keep the blocks until `collect` answers the request as saved."""
         assert self.scheduler is not None
         scheduler, request_id = self.scheduler, request.request_id
+        lists = [list(ids) for ids in block_ids]
         keeps = self._call(
-            "request_finished", lambda: bool(scheduler.request_finished(request, list(block_ids))), request_id
+            "request_finished", lambda: bool(scheduler.request_finished_by_layer_group(request, lists)), request_id
         )
         self._loads_of_next_pass.discard(request_id)
         if keeps:
@@ -251,7 +261,7 @@ class KvCacheConnectorManager:
         try:
             return True, scheduler.build_connector_meta(output)
         except Exception as error:  # noqa: BLE001 - the hook boundary
-            self._count_error("build_connector_meta", repr(error))
+            self.complain("build_connector_meta", repr(error))
             return False, None
 
     def start_pass(self, stream: Any) -> None:
@@ -271,6 +281,8 @@ class KvCacheConnectorManager:
 
     def end_pass(self, stream: Any) -> None:
         """All layers ran, or no pass did."""
+        if self._after_forward is not None:
+            self._call("the callable of register_forward_pass_callable", self._after_forward)
         if self._pass_has_meta:
             self._call("wait_for_save", lambda: self.worker.wait_for_save(stream))
 
@@ -296,7 +308,7 @@ class KvCacheConnectorManager:
                 for request_id in ids:
                     complaint = agreement.report(rank, request_id)
                     if complaint is not None:
-                        self._count_error("get_finished", f"rank {rank}: request {request_id} {complaint}", request_id)
+                        self.complain("get_finished", f"rank {rank}: request {request_id} {complaint}", request_id)
             failed.update(report.failed)
             if report.pass_broken:
                 failed |= self._loads_of_pass
@@ -318,22 +330,32 @@ class KvCacheConnectorManager:
     # -- the hook boundary -------------------------------------------------------------------------------------------
 
     def _call(self, hook: str, call: Callable[[], T], request_id: int | None = None) -> T | None:
-        """The hook's answer, or None if it raised, which is counted and logged."""
+        """The hook's answer, or None if it raised. Raising and dawdling are counted and logged."""
         try:
-            return call()
+            with self._timed(hook, request_id):
+                return call()
         except Exception as error:  # noqa: BLE001 - the hook boundary
-            self._count_error(hook, repr(error), request_id)
+            self.complain(hook, repr(error), request_id)
             return None
 
     def _guard_load(self, hook: str, call: Callable[[], object]) -> None:
         """Call a hook that this pass's loads depend on: if it raises, they are failed."""
         try:
-            call()
+            with self._timed(hook):
+                call()
         except Exception as error:  # noqa: BLE001 - the hook boundary
-            self._count_error(hook, repr(error))
+            self.complain(hook, repr(error))
             self._pass_broken = True
 
-    def _count_error(self, hook: str, what: str, request_id: int | None = None) -> None:
+    @contextmanager
+    def _timed(self, hook: str, request_id: int | None = None) -> Iterator[None]:
+        started = self._clock()
+        yield
+        if (seconds := self._clock() - started) > SLOW_HOOK_SECONDS:
+            self.complain(hook, f"held the engine up for {seconds:.1f} s", request_id)
+
+    def complain(self, hook: str, what: str, request_id: int | None = None) -> None:
+        """Count what a hook did wrong; log it once per hook and request, in the connector's name."""
         self.num_errors[hook] = self.num_errors.get(hook, 0) + 1
         if (hook, request_id) in self._said:
             return
@@ -341,6 +363,4 @@ class KvCacheConnectorManager:
         if len(self._said) > _MAX_REMEMBERED_COMPLAINTS:
             self._said.clear()
         of_request = "" if request_id is None else f" for request {request_id}"
-        logger.warning(
-            "connector %s, hook %s%s: %s; going on as if nothing was cached", self.name, hook, of_request, what
-        )
+        logger.warning("connector %s, hook %s%s: %s; the engine goes on without it", self.name, hook, of_request, what)

@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import Any
 
 from kvferry.config import KvCacheConnectorConfig
-from kvferry.errors import ConfigError, ConnectorImportError, UnknownPresetError
+from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker
+from kvferry.errors import ConfigError, ConnectorError, ConnectorImportError, UnknownPresetError
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +83,22 @@ def _named(config: KvCacheConnectorConfig) -> Preset:
     )
     assert module and scheduler and worker, "KvCacheConnectorConfig refuses anything else"
     return Preset(module, scheduler, worker)
+
+
+def check_forms(classes: ConnectorClasses, num_layer_groups: int) -> None:
+    """ConnectorError: the model has several layer groups and a class has only the flat forms of the API.
+
+    A block id means another block in each group, so one list cannot serve them.
+    """
+    if num_layer_groups == 1:
+        return
+    wanted = {
+        classes.scheduler: ("update_state_after_alloc_by_layer_group", "request_finished_by_layer_group"),
+        classes.worker: ("register_kv_cache_layout",),
+    }
+    bases = (KvCacheConnectorScheduler, KvCacheConnectorWorker)
+    for cls, hooks in wanted.items():
+        own = {name for base in cls.__mro__ if base not in bases for name in vars(base)}
+        if missing := [hook for hook in hooks if hook not in own]:
+            needed = " and ".join(missing)
+            raise ConnectorError(f"{cls.__qualname__} lacks {needed}: this model has {num_layer_groups} layer groups")

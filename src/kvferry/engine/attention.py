@@ -32,13 +32,25 @@ class LayerHooks(Protocol):
 
 @dataclass(slots=True)
 class _Prefill:
-    """A slice of a prompt: rows `first` to `last` of the packed row, positions `start` to `end` of its sequence."""
+    """A slice of a prompt: rows `first` to `last` of the packed row, positions `start` to `end` of its sequence.
+
+    tables[group]: ids of the blocks that the slice attends to; the first of them begins at position `offsets[group]`.
+    """
 
     first: int
     last: int
     start: int
     end: int
-    block_ids: torch.Tensor
+    tables: list[torch.Tensor]
+    offsets: list[int]
+
+
+@dataclass(slots=True)
+class _Steps:
+    """Decode steps in one group: block tables `[steps, blocks]`, and a mask over the tokens of those blocks."""
+
+    tables: torch.Tensor
+    mask: torch.Tensor
 
 
 class PagedBatch:
@@ -51,17 +63,16 @@ class PagedBatch:
         self._pool = pool
         self._hooks = hooks
         self._stream = stream
-        self._device = pool.tensor.device
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._device = pool.device
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}
         self.num_layers_seen = 0
-        self._clear_begun_blocks(batch)
         steps = [piece for piece in batch.slices if is_decode_step(piece)]
         assert steps == batch.slices[: len(steps)], "decode steps come first"
         self._num_steps = len(steps)
+        self._clear_begun_blocks(batch)
         self._place_tokens(batch)
         self._prefills = self._place_prefills(batch.slices[len(steps) :])
-        if steps:
-            self._place_steps(steps)
+        self._steps = [self._place_steps(steps, group) for group in range(len(pool.groups))] if steps else []
 
     def _clear_begun_blocks(self, batch: Batch) -> None:
         """Zero the blocks that this pass begins and leaves partly filled.
@@ -69,70 +80,81 @@ class PagedBatch:
         Steps attend to whole blocks under a mask, and a masked NaN that an earlier owner left is still a NaN.
         """
         size = self._pool.tokens_per_block
-        begun = [
-            piece.block_ids[piece.end // size]
-            for piece in batch.slices
-            if piece.end % size and piece.start <= piece.end - piece.end % size
-        ]
-        if begun:
-            self._pool.tensor[begun] = 0
+        for group, tensor in enumerate(self._pool.tensors):
+            begun = [
+                piece.block_ids[group][piece.end // size]
+                for piece in batch.slices
+                if piece.end % size and piece.start <= piece.end - piece.end % size
+            ]
+            if begun:
+                tensor[begun] = 0
 
     def _place_tokens(self, batch: Batch) -> None:
         size = self._pool.tokens_per_block
-        positions = [position for piece in batch.slices for position in range(piece.start, piece.end)]
-        blocks = [
-            piece.block_ids[position // size] for piece in batch.slices for position in range(piece.start, piece.end)
-        ]
-        self.positions = torch.tensor(positions, device=self._device)
-        self._token_blocks = torch.tensor(blocks, device=self._device)
+        at = [(piece, position) for piece in batch.slices for position in range(piece.start, piece.end)]
+        self.positions = torch.tensor([position for _, position in at], device=self._device)
         self._token_offsets = self.positions % size
+        self._token_blocks = [
+            torch.tensor([piece.block_ids[group][position // size] for piece, position in at], device=self._device)
+            for group in range(len(self._pool.groups))
+        ]
 
     def _place_prefills(self, slices: list[Slice]) -> list[_Prefill]:
+        size = self._pool.tokens_per_block
         prefills, row = [], self._num_steps
         for piece in slices:
-            num_blocks = -(-piece.end // self._pool.tokens_per_block)
-            block_ids = torch.tensor(piece.block_ids[:num_blocks], device=self._device)
-            prefills.append(_Prefill(row, row + len(piece.tokens), piece.start, piece.end, block_ids))
+            num_blocks = -(-piece.end // size)
+            firsts = [group.first_needed_block(piece.start, size) for group in self._pool.groups]
+            tables = [
+                torch.tensor(block_ids[first:num_blocks], device=self._device)
+                for block_ids, first in zip(piece.block_ids, firsts, strict=True)
+            ]
+            offsets = [first * size for first in firsts]
+            prefills.append(_Prefill(row, row + len(piece.tokens), piece.start, piece.end, tables, offsets))
             row += len(piece.tokens)
         return prefills
 
-    def _place_steps(self, steps: list[Slice]) -> None:
-        """Block tables, padded to the longest with the sequence's own first block, which is filled."""
-        self._step_ends = torch.tensor([piece.end for piece in steps], device=self._device)
-        num_blocks = -(-max(piece.end for piece in steps) // self._pool.tokens_per_block)
-        tables = [
-            piece.block_ids[:num_blocks] + piece.block_ids[:1] * (num_blocks - len(piece.block_ids)) for piece in steps
+    def _place_steps(self, steps: list[Slice], group: int) -> _Steps:
+        """Block tables, padded to the longest with a block that the sequence attends to, so one that is filled."""
+        size = self._pool.tokens_per_block
+        rule = self._pool.groups[group]
+        firsts = [rule.first_needed_block(piece.start, size) for piece in steps]
+        rows = [
+            piece.block_ids[group][first : -(-piece.end // size)] for piece, first in zip(steps, firsts, strict=True)
         ]
-        self._step_tables = torch.tensor(tables, device=self._device)
+        longest = max(map(len, rows))
+        tables = torch.tensor([row + row[:1] * (longest - len(row)) for row in rows], device=self._device)
+        begins = torch.tensor(firsts, device=self._device)[:, None] * size
+        seen = begins + torch.arange(longest * size, device=self._device)
+        at = torch.tensor([piece.start for piece in steps], device=self._device)[:, None]
+        return _Steps(tables, _visible(at, seen, rule.window_tokens)[:, None, None])
 
     def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        window: int | None,
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
     ) -> torch.Tensor:
         """Write this layer's keys and values `[1, kv_heads, rows, head_dim]`, attend with `query`
         `[1, heads, rows, head_dim]`; returns `[1, rows, heads, head_dim]`."""
         if self._hooks is not None:
             self._hooks.before_layer(layer, self._stream)
-        self._pool.keys[layer][self._token_blocks, :, self._token_offsets] = key[0].transpose(0, 1)
-        self._pool.values[layer][self._token_blocks, :, self._token_offsets] = value[0].transpose(0, 1)
+        group = self._pool.group_of_layer[layer]
+        for factor, new in enumerate((key, value)):
+            pages = self._pool.pages(layer, factor)
+            pages[self._token_blocks[group], :, self._token_offsets] = new[0].transpose(0, 1)
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         if self._num_steps:
-            out[0, : self._num_steps] = self._attend_steps(layer, query[0, :, : self._num_steps], scaling, window)
+            out[0, : self._num_steps] = self._attend_steps(layer, query[0, :, : self._num_steps], scaling)
         for piece in self._prefills:
             rows = slice(piece.first, piece.last)
-            attended = self._attend_prefill(
-                layer, piece, query[:, :, rows], (key[:, :, rows], value[:, :, rows]), scaling, window
-            )
-            out[:, rows] = attended.transpose(1, 2)
+            fresh = (key[:, :, rows], value[:, :, rows])
+            out[:, rows] = self._attend_prefill(layer, piece, query[:, :, rows], fresh, scaling).transpose(1, 2)
         self.num_layers_seen += 1
         if self._hooks is not None:
             self._hooks.after_layer(layer, self._stream)
         return out
+
+    def window_of(self, layer: int) -> int | None:
+        """The layer's sliding window in tokens, as the pool's groups have it."""
+        return self._pool.groups[self._pool.group_of_layer[layer]].window_tokens
 
     def _attend_prefill(
         self,
@@ -141,39 +163,37 @@ class PagedBatch:
         query: torch.Tensor,
         fresh: tuple[torch.Tensor, torch.Tensor],
         scaling: float | None,
-        window: int | None,
     ) -> torch.Tensor:
+        window = self.window_of(layer)
         if piece.start == 0 and (window is None or piece.end <= window):
             return F.scaled_dot_product_attention(query, *fresh, is_causal=True, scale=scaling, enable_gqa=True)
-        keys, values = (kv[:, :, : piece.end] for kv in self._gather(layer, piece.block_ids[None]))
+        group = self._pool.group_of_layer[layer]
+        num_keys = piece.end - piece.offsets[group]
+        keys, values = (kv[:, :, :num_keys] for kv in self._gather(layer, piece.tables[group][None]))
         # Query heads that share a KV head become more queries of that head, so no key is copied per query head.
         _, heads, rows, head_dim = query.shape
         packed = query.reshape(1, keys.shape[1], -1, head_dim)
-        mask = self._prefill_mask(piece, heads // keys.shape[1], window)
+        mask = self._prefill_mask(piece, group, heads // keys.shape[1])
         out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
         return out.view(1, heads, rows, head_dim)
 
-    def _prefill_mask(self, piece: _Prefill, queries_per_head: int, window: int | None) -> torch.Tensor:
-        mask = self._masks.get((piece.first, window))
+    def _prefill_mask(self, piece: _Prefill, group: int, queries_per_head: int) -> torch.Tensor:
+        mask = self._masks.get((piece.first, group))
         if mask is None:
             at = torch.arange(piece.start, piece.end, device=self._device)[:, None]
-            seen = torch.arange(piece.end, device=self._device)[None]
-            mask = _visible(at, seen, window).repeat(queries_per_head, 1)
-            self._masks[piece.first, window] = mask
+            seen = torch.arange(piece.offsets[group], piece.end, device=self._device)[None]
+            mask = _visible(at, seen, self._pool.groups[group].window_tokens).repeat(queries_per_head, 1)
+            self._masks[piece.first, group] = mask
         return mask
 
-    def _attend_steps(self, layer: int, query: torch.Tensor, scaling: float | None, window: int | None) -> torch.Tensor:
+    def _attend_steps(self, layer: int, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
         """`query` `[heads, steps, head_dim]` to `[steps, heads, head_dim]`."""
-        keys, values = self._gather(layer, self._step_tables)
-        mask = self._masks.get((-1, window))
-        if mask is None:
-            seen = torch.arange(keys.shape[2], device=self._device)
-            mask = _visible((self._step_ends - 1)[:, None], seen[None], window)[:, None, None]
-            self._masks[-1, window] = mask
-        heads, steps, head_dim = query.shape
-        packed = query.transpose(0, 1).reshape(steps, keys.shape[1], -1, head_dim)
-        out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
-        return out.reshape(steps, heads, head_dim)
+        steps = self._steps[self._pool.group_of_layer[layer]]
+        keys, values = self._gather(layer, steps.tables)
+        heads, num_steps, head_dim = query.shape
+        packed = query.transpose(0, 1).reshape(num_steps, keys.shape[1], -1, head_dim)
+        out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=steps.mask, scale=scaling)
+        return out.reshape(num_steps, heads, head_dim)
 
     def _gather(self, layer: int, tables: torch.Tensor) -> list[torch.Tensor]:
         """Keys and values, each `[sequences, kv_heads, tokens, head_dim]`, of block `tables` `[sequences, blocks]`."""
@@ -181,7 +201,7 @@ class PagedBatch:
         gathered = []
         for factor in range(KV_FACTOR):
             # Whole blocks by row: index_select would copy the entire pool first if the rows were permuted views.
-            rows = torch.index_select(self._pool.tensor[:, layer, factor], 0, tables.view(-1))
+            rows = torch.index_select(self._pool.rows(layer, factor), 0, tables.view(-1))
             blocks = rows.view(*tables.shape, shape.num_heads, size, shape.head_dim)
             gathered.append(blocks.transpose(1, 2).flatten(2, 3))
         return gathered
@@ -217,7 +237,12 @@ def paged_attention(  # noqa: PLR0913 - the interface is transformers'
         if options.get(name) is not None:
             raise RequestError(f"the embedded engine has no attention with {name}, which this model needs")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    return kvferry_batch.attend(layer, query, key, value, scaling, sliding_window), None
+    if sliding_window != kvferry_batch.window_of(layer):
+        raise RequestError(
+            f"layer {layer} slides over {sliding_window} tokens, but the model's config says "
+            f"{kvferry_batch.window_of(layer)}"
+        )
+    return kvferry_batch.attend(layer, query, key, value, scaling), None
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -1,4 +1,4 @@
-"""Which block holds what: reference counts, prefix reuse, least-recently-used order. Knows block ids, never tensors.
+"""Which block of one layer group holds what: reference counts, reuse, least-recently-used order. Knows no tensor.
 
 Every block is in exactly one row of this table:
 
@@ -11,24 +11,23 @@ Every block is in exactly one row of this table:
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from kvferry.connector.api import NO_BLOCK
 from kvferry.errors import InvariantError
 
 
 class BlockManager:
-    """Hands out `num_blocks` blocks of `tokens_per_block` tokens.
+    """Hands out `num_blocks` blocks.
 
     A block is reused for another request's prefix when its hash *and* its tokens are equal. The hash covers all tokens
-    before the block as well, so an equal hash with equal tokens at each block of a chain means an equal prefix.
+    before the block as well (`groups.extend_hashes`), so equality along a chain means an equal prefix.
     """
 
-    def __init__(self, num_blocks: int, tokens_per_block: int, *, enable_reuse: bool = True) -> None:
+    def __init__(self, num_blocks: int, *, enable_reuse: bool = True) -> None:
         self.num_blocks = num_blocks
-        self.tokens_per_block = tokens_per_block
         self.enable_reuse = enable_reuse
         self._ref_counts = [0] * num_blocks
         self._contents: dict[int, tuple[bytes, bytes]] = {}
@@ -40,33 +39,18 @@ class BlockManager:
         """Blocks that can be handed out, those that still hold reusable KV among them."""
         return len(self._free)
 
-    def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.tokens_per_block)
+    @property
+    def num_references(self) -> int:
+        """References on all blocks."""
+        return sum(self._ref_counts)
 
     def is_in_use(self, block_id: int) -> bool:
         return self._ref_counts[block_id] > 0
 
-    def extend_hashes(self, hashes: list[bytes], tokens: Sequence[int], root: bytes) -> None:
-        """Append the hashes of full blocks of `tokens` that `hashes` lacks. Different roots share nothing."""
-        size = self.tokens_per_block
-        for index in range(len(hashes), len(tokens) // size):
-            parent = hashes[index - 1] if index else root
-            hashes.append(hashlib.sha256(parent + _token_bytes(tokens[index * size : (index + 1) * size])).digest())
-
-    def match_prefix(self, hashes: Sequence[bytes], tokens: Sequence[int], max_tokens: int) -> list[int]:
-        """Blocks that hold the longest known prefix of `tokens`, at most `max_tokens` long. Changes nothing."""
-        matched: list[int] = []
-        if not self.enable_reuse:
-            return matched
-        size = self.tokens_per_block
-        for index, block_hash in enumerate(hashes[: max_tokens // size]):
-            block_id = self._by_hash.get(block_hash)
-            if block_id is None:
-                break
-            if self._contents[block_id][1] != _token_bytes(tokens[index * size : (index + 1) * size]):
-                break
-            matched.append(block_id)
-        return matched
+    def find(self, block_hash: bytes, content: bytes) -> int:
+        """The block that holds the tokens of this hash, or NO_BLOCK. `content` is `token_bytes` of its tokens."""
+        block_id = self._by_hash.get(block_hash, NO_BLOCK) if self.enable_reuse else NO_BLOCK
+        return block_id if block_id != NO_BLOCK and self._contents[block_id][1] == content else NO_BLOCK
 
     def acquire(self, block_ids: Iterable[int]) -> None:
         """Take one more reference on blocks that a match found."""
@@ -84,12 +68,12 @@ class BlockManager:
             self._ref_counts[block_id] = 1
         return block_ids
 
-    def commit(self, block_id: int, block_hash: bytes, tokens: Sequence[int]) -> None:
-        """The block is filled with the KV of `tokens`. The first block of a hash serves it; a twin stays unshared."""
+    def commit(self, block_id: int, block_hash: bytes, content: bytes) -> None:
+        """The block holds the KV of these tokens. The first block of a hash serves it; a twin stays unshared."""
         assert self._ref_counts[block_id] > 0
         if self.enable_reuse and block_hash not in self._by_hash and block_id not in self._contents:
             self._by_hash[block_hash] = block_id
-            self._contents[block_id] = (block_hash, _token_bytes(tokens))
+            self._contents[block_id] = (block_hash, content)
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Give back one reference on each. Later blocks become the least recently used: a prefix outlives its ends."""
@@ -120,5 +104,6 @@ class BlockManager:
             raise InvariantError("the hash index and the blocks' contents disagree")
 
 
-def _token_bytes(tokens: Sequence[int]) -> bytes:
+def token_bytes(tokens: Sequence[int]) -> bytes:
+    """Tokens as they are hashed and compared."""
     return array("q", tokens).tobytes()

@@ -63,11 +63,16 @@ class EngineCore:
         self._commands.put(lambda: self._end(sequence, FinishReason.ABORT))
 
     def call(self, function: Callable[[], None]) -> None:
-        """Run a function in the loop's thread between two iterations, and wait. EngineDeadError: it has ended."""
+        """Run a function in the loop's thread between two iterations, wait, and raise what it raised.
+        EngineDeadError: the engine has ended."""
         done = threading.Event()
+        raised: list[Exception] = []
 
         def run() -> None:
-            function()
+            try:
+                function()
+            except Exception as error:  # noqa: BLE001 - the caller's, who is told
+                raised.append(error)
             done.set()
 
         with self._close_lock:
@@ -75,8 +80,10 @@ class EngineCore:
                 raise EngineDeadError("the engine has ended") from self.failure
             self._commands.put(run)
         while not done.wait(0.1):
-            if self.failure is not None:
+            if not self._thread.is_alive():
                 raise EngineDeadError("the engine has ended") from self.failure
+        if raised:
+            raise raised[0]
 
     def shutdown(self) -> None:
         """Abort what runs, tell the connector, end the thread. Further calls do nothing."""
@@ -121,6 +128,9 @@ class EngineCore:
     def step(self) -> None:
         """One iteration: plan, tell the connector, compute, ask what transfers ended, hand out tokens."""
         plan = self._scheduler.schedule()
+        if plan.starved is not None:
+            logger.error("request %d ends: late transfers hold the blocks it needs", plan.starved.request_id)
+            self._end(plan.starved, FinishReason.ABORT)
         drawn = self._compute(plan)
         finished = self._manager.collect() if self._manager is not None else Finished()
         for sequence in self._scheduler.update(plan.batch, drawn, finished):

@@ -8,6 +8,7 @@ import torch
 
 from kvferry.engine.attention import LayerHooks, PagedBatch
 from kvferry.engine.kv_pool import KvPool
+from kvferry.engine.lora import Adapters
 from kvferry.engine.sequence import Batch, Slice
 from kvferry.errors import RequestError
 
@@ -18,7 +19,8 @@ class Executor:
     def __init__(self, model: Any, pool: KvPool) -> None:
         self._model = model
         self._pool = pool
-        self._device = pool.tensor.device
+        self.adapters = Adapters(model)
+        self._device = pool.device
 
     @property
     def stream(self) -> Any:
@@ -28,6 +30,7 @@ class Executor:
     @torch.inference_mode()
     def forward(self, batch: Batch, hooks: LayerHooks | None) -> torch.Tensor:
         """Compute the batch; returns logits of shape `[slices that draw, vocab]`, in the order of the slices."""
+        self.adapters.activate(batch.lora_id)
         paged = PagedBatch(batch, self._pool, hooks, self.stream)
         tokens = torch.tensor([[token for piece in batch.slices for token in piece.tokens]], device=self._device)
         last_rows, row = [], 0
@@ -54,9 +57,9 @@ class Executor:
         """One small pass on block 0, which is zeroed afterwards: finds unsupported models and loads kernels before the
         first request. Its shapes are those of a prefill and of a step."""
         num_tokens = min(2, self._pool.tokens_per_block)
-        slices = [Slice(request_id=-1, tokens=[0] * num_tokens, start=0, block_ids=[0], draws=True)]
-        self.forward(Batch(slices), None)
+        block_ids = [[0] for _ in self._pool.groups]
+        self.forward(Batch([Slice(-1, [0] * num_tokens, 0, block_ids, draws=True)]), None)
         if self._pool.tokens_per_block > num_tokens:
-            step = Slice(request_id=-1, tokens=[0], start=num_tokens, block_ids=[0], draws=True)
-            self.forward(Batch([step]), None)
-        self._pool.tensor[0].zero_()
+            self.forward(Batch([Slice(-1, [0], num_tokens, block_ids, draws=True)]), None)
+        for tensor in self._pool.tensors:
+            tensor[0].zero_()

@@ -1,10 +1,14 @@
-"""The engine's KV memory on one rank: one tensor, and each layer's view of it. Knows no sequence and no policy."""
+"""The engine's KV memory on one rank: a tensor for each layer group. Knows no sequence and no policy."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from kvferry.connector.layout import KvCacheLayout, describe_pools
+from kvferry.engine.groups import LayerGroup
 
 _DEFAULT_POOL_BYTES_CPU = 10**9
 _DEFAULT_FREE_MEMORY_FRACTION_CUDA = 0.8
@@ -28,20 +32,48 @@ class KvShape:
 
 
 class KvPool:
-    """The pool tensor, shape `[num_blocks, num_layers, kv_factor, num_heads * tokens_per_block * head_dim]`.
+    """One tensor a group: `[num_blocks, group's layers, kv_factor, num_heads * tokens_per_block * head_dim]`.
 
-    `keys[layer]` and `values[layer]` view it as `[num_blocks, num_heads, tokens_per_block, head_dim]`.
+    `tensors[group]`; `rows(layer, factor)` is one layer's keys (0) or values (1), one row a block.
     """
 
-    def __init__(self, shape: KvShape, num_blocks: int, tokens_per_block: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: KvShape,
+        groups: Sequence[LayerGroup],
+        num_blocks: int,
+        tokens_per_block: int,
+        device: torch.device,
+    ) -> None:
         self.shape = shape
+        self.groups = tuple(groups)
         self.num_blocks = num_blocks
         self.tokens_per_block = tokens_per_block
-        per_layer = shape.num_heads * tokens_per_block * shape.head_dim
-        self.tensor = torch.zeros(num_blocks, shape.num_layers, KV_FACTOR, per_layer, dtype=shape.dtype, device=device)
-        blocks = (num_blocks, shape.num_heads, tokens_per_block, shape.head_dim)
-        self.keys = [self.tensor[:, layer, 0].view(blocks) for layer in range(shape.num_layers)]
-        self.values = [self.tensor[:, layer, 1].view(blocks) for layer in range(shape.num_layers)]
+        self.device = device
+        elements = shape.num_heads * tokens_per_block * shape.head_dim
+        self.tensors = [
+            torch.zeros(num_blocks, len(group.layers), KV_FACTOR, elements, dtype=shape.dtype, device=device)
+            for group in self.groups
+        ]
+        self.group_of_layer = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
+        self._position = {layer: at for group in self.groups for at, layer in enumerate(group.layers)}
+
+    def rows(self, layer: int, factor: int) -> torch.Tensor:
+        """`[num_blocks, num_heads * tokens_per_block * head_dim]`, a view."""
+        return self.tensors[self.group_of_layer[layer]][:, self._position[layer], factor]
+
+    def pages(self, layer: int, factor: int) -> torch.Tensor:
+        """`[num_blocks, num_heads, tokens_per_block, head_dim]`, a view."""
+        shape = (self.num_blocks, self.shape.num_heads, self.tokens_per_block, self.shape.head_dim)
+        return self.rows(layer, factor).view(shape)
+
+    @property
+    def layout(self) -> KvCacheLayout:
+        """What a connector is told of these pools."""
+        pools = [
+            (group.layers, group.window_tokens, tensor) for group, tensor in zip(self.groups, self.tensors, strict=True)
+        ]
+        return describe_pools(self.tokens_per_block, pools)
 
 
 def default_max_tokens(shape: KvShape, wanted_tokens: int, device: torch.device) -> int:

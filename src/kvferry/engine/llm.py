@@ -12,12 +12,13 @@ import torch
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
 from kvferry.connector.config import LlmArgs
 from kvferry.connector.manager import KvCacheConnectorManager
-from kvferry.connector.presets import ConnectorClasses, resolve
-from kvferry.engine.block_manager import BlockManager
+from kvferry.connector.presets import ConnectorClasses, check_forms, resolve
 from kvferry.engine.core import EngineCore
 from kvferry.engine.executor import Executor
+from kvferry.engine.groups import GroupedBlocks, group_layers
 from kvferry.engine.handle import GenerationHandle
 from kvferry.engine.kv_pool import KvPool, KvShape, default_max_tokens
+from kvferry.engine.lora import adapter_digest
 from kvferry.engine.model import load_model
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.sampling import SamplingParams
@@ -61,23 +62,31 @@ class LLM:
         torch_device = _find_device(device)
         self._loaded = load_model(model, dtype, torch_device)
         self.tokenizer = self._loaded.tokenizer
-        limits = Limits(max_batch_size, max_num_tokens, enable_chunked_prefill, self._loaded.stop_token_ids)
+        limits = Limits(
+            max_batch_size,
+            max_num_tokens,
+            enable_chunked_prefill,
+            self._loaded.stop_token_ids,
+            self._kv_cache_config.max_loading_share,
+            self._kv_cache_config.transfer_deadline_seconds,
+        )
         self._limits = limits
         self._pool = self._make_pool(torch_device)
-        executor = Executor(self._loaded.model, self._pool)
-        executor.warm_up()
+        self._executor = Executor(self._loaded.model, self._pool)
+        self._executor.warm_up()
         manager = None
         if connector_classes is not None:
             assert kv_connector_config is not None
             manager = _connect(connector_classes, self._llm_args(model, kv_connector_config), self._pool)
         self.connector_manager = manager
-        self._blocks = BlockManager(
+        self._blocks = GroupedBlocks(
+            self._pool.groups,
             self._pool.num_blocks,
             self._pool.tokens_per_block,
             enable_reuse=self._kv_cache_config.enable_block_reuse,
         )
         self._scheduler = Scheduler(self._blocks, limits, manager)
-        self._core = EngineCore(self._scheduler, executor, manager)
+        self._core = EngineCore(self._scheduler, self._executor, manager)
         self._request_ids = itertools.count(1)
 
     def _make_pool(self, device: torch.device) -> KvPool:
@@ -89,7 +98,7 @@ class LLM:
         num_blocks = max_tokens // config.tokens_per_block
         if num_blocks < 1:
             raise RequestError(f"a pool of {max_tokens} tokens holds no block of {config.tokens_per_block} tokens")
-        return KvPool(shape, num_blocks, config.tokens_per_block, device)
+        return KvPool(shape, group_layers(loaded.windows), num_blocks, config.tokens_per_block, device)
 
     def _llm_args(self, model: str, connector_config: KvCacheConnectorConfig) -> LlmArgs:
         return LlmArgs(
@@ -111,7 +120,10 @@ class LLM:
 
     @overload
     def generate(
-        self, prompts: Prompt, sampling_params: SamplingParams | list[SamplingParams] | None = None
+        self,
+        prompts: Prompt,
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        lora_path: str | None = None,
     ) -> RequestOutput: ...
 
     @overload
@@ -119,22 +131,27 @@ class LLM:
         self,
         prompts: list[str] | list[list[int]],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        lora_path: str | None = None,
     ) -> list[RequestOutput]: ...
 
     def generate(
-        self, prompts: Any, sampling_params: SamplingParams | list[SamplingParams] | None = None
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        lora_path: str | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Generate for one prompt (a string or a list of token ids) or for a list of them, and wait.
 
-        `sampling_params` is one for all prompts or one for each. One prompt gives one output, a list gives a list in
-        the order of the prompts. RequestError: a prompt or value cannot be served; then none of them ran.
+        `sampling_params` is one for all prompts or one for each; `lora_path` the folder of a peft adapter for all. One
+        prompt gives one output, a list gives a list in the order of the prompts. RequestError: a prompt, value or
+        adapter cannot be served; then none of them ran.
         """
         is_single = isinstance(prompts, str) or (isinstance(prompts, list) and all(map(_is_token, prompts)))
         many = [prompts] if is_single else list(prompts)
         params = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(many)
         if len(params) != len(many):
             raise RequestError(f"{len(params)} sampling_params for {len(many)} prompts")
-        sequences = [self._make_sequence(prompt, one) for prompt, one in zip(many, params, strict=True)]
+        sequences = [self._make_sequence(prompt, one, lora_path) for prompt, one in zip(many, params, strict=True)]
         handles = [self._submit(sequence, prompt) for sequence, prompt in zip(sequences, many, strict=True)]
         try:
             outputs = [handle.result() for handle in handles]
@@ -144,11 +161,13 @@ class LLM:
             raise
         return outputs[0] if is_single else outputs
 
-    def generate_async(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> GenerationHandle:
+    def generate_async(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, lora_path: str | None = None
+    ) -> GenerationHandle:
         """Start one request and return at once; the handle streams it. RequestError: it cannot be served."""
-        return self._submit(self._make_sequence(prompt, sampling_params), prompt)
+        return self._submit(self._make_sequence(prompt, sampling_params, lora_path), prompt)
 
-    def _make_sequence(self, prompt: Any, params: SamplingParams | None) -> Sequence:
+    def _make_sequence(self, prompt: Any, params: SamplingParams | None, lora_path: str | None) -> Sequence:
         """Check a request against every limit, before anything runs."""
         params = params or SamplingParams()
         if not isinstance(params, SamplingParams):
@@ -162,7 +181,13 @@ class LLM:
         if bad := [token for token in tokens if not (_is_token(token) and 0 <= token < vocab_size)]:
             raise RequestError(f"{bad[0]!r} is no token id of this model; ids are integers from 0 to {vocab_size - 1}")
         self._check_length(len(tokens), params.max_tokens)
-        return Sequence(next(self._request_ids), tokens, params)
+        lora_id = self._load_adapter(lora_path) if lora_path is not None else None
+        return Sequence(next(self._request_ids), tokens, params, lora_id)
+
+    def _load_adapter(self, folder: str) -> str:
+        lora_id = adapter_digest(folder)
+        self._core.call(lambda: self._executor.adapters.load(lora_id, folder))
+        return lora_id
 
     def _check_length(self, num_prompt: int, max_tokens: int) -> None:
         asked = f"a prompt of {num_prompt} tokens and max_tokens={max_tokens}"
@@ -213,9 +238,10 @@ class LLM:
 
 def _connect(classes: ConnectorClasses, args: LlmArgs, pool: KvPool) -> KvCacheConnectorManager:
     """Make both halves in the order the API promises: the worker has its pool before the scheduler half exists."""
+    check_forms(classes, len(pool.groups))
     worker = classes.worker(args)
     try:
-        worker.register_kv_caches(pool.tensor)
+        worker.register_kv_cache_layout(pool.layout)
         scheduler = classes.scheduler(args)
         scheduler.wait_for_initialization()
     except BaseException:

@@ -47,8 +47,8 @@ class ModelSource:
 class LoadedModel:
     """A model ready to run, and the facts of it that the engine needs.
 
-    source: the files it was loaded from. identity: digest of config and all weights. tokenizer: None where the folder has none. windows: each layer's sliding
-    window in tokens, or None.
+    source: the files it was loaded from. identity: digest of config and all weights. tokenizer: None where there is
+    none. windows: each layer's sliding window in tokens, or None.
     """
 
     model: Any

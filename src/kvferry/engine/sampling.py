@@ -24,6 +24,9 @@ class SamplingParams:
     seed: makes a draw repeatable, whatever else is in the batch; None draws differently each time.
     stop: strings that end generation; the text ends before the first of them. Needs a tokenizer.
     ignore_eos: generate on past the model's end-of-sequence tokens.
+    cache_salt: requests of different salts share no KV, neither in the pool nor through a connector.
+    retention_priority: how much a connector should want to keep this request's blocks, 0 to 100; told to it as
+        `priorities`. None: it is not told.
     """
 
     max_tokens: int = 32
@@ -33,6 +36,8 @@ class SamplingParams:
     seed: int | None = None
     stop: str | Sequence[str] = ()
     ignore_eos: bool = False
+    cache_salt: str | None = None
+    retention_priority: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_int(self.max_tokens) or self.max_tokens < 1:
@@ -47,6 +52,11 @@ class SamplingParams:
             raise RequestError(f"seed must be an integer from 0 to 2**63 - 1, not {self.seed!r}")
         if not all(isinstance(text, str) and text for text in self.stop_strings):
             raise RequestError(f"stop must be non-empty strings, not {self.stop!r}")
+        if not (self.cache_salt is None or (isinstance(self.cache_salt, str) and self.cache_salt)):
+            raise RequestError(f"cache_salt must be a non-empty string, not {self.cache_salt!r}")
+        priority = self.retention_priority
+        if not (priority is None or (_is_int(priority) and 0 <= priority <= 100)):
+            raise RequestError(f"retention_priority must be an integer from 0 to 100, not {priority!r}")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

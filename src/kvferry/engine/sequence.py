@@ -25,21 +25,26 @@ class Sequence:
 
     num_computed: tokens whose KV is in the pool. num_pool_tokens of them came with reused blocks,
     num_connector_matched_tokens from the connector; the rest was computed here.
-    num_committed_blocks: leading blocks that other requests may share. num_told_tokens, num_told_blocks: what the
-    connector was told of in earlier passes.
+    block_ids: one list a layer group. num_committed_blocks: leading blocks that other requests may share.
+    num_told_tokens, num_told_blocks: what the connector was told of in earlier passes. may_load: whether the connector
+    may be asked for a match.
     """
 
-    def __init__(self, request_id: int, prompt: AbstractSequence[int], params: SamplingParams) -> None:
+    def __init__(
+        self, request_id: int, prompt: AbstractSequence[int], params: SamplingParams, lora_id: str | None = None
+    ) -> None:
         self.request_id = request_id
         self.params = params
         self.tokens = list(prompt)
         self.num_prompt_tokens = len(self.tokens)
-        self.cache_salt: str | None = None
-        self.lora_id: str | None = None
+        self.cache_salt = params.cache_salt
+        self.lora_id = lora_id
+        self.may_load = True
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
-        self.block_ids: list[int] = []
+        self.block_ids: list[list[int]] = []
         self.block_hashes: list[bytes] = []
+        self.told_hashes: list[int] = []
         self.num_committed_blocks = 0
         self.num_told_tokens = 0
         self.num_told_blocks = 0
@@ -49,6 +54,14 @@ class Sequence:
         self.arrived_at = time.perf_counter()
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
+
+    def start_over(self) -> None:
+        """Forget blocks and progress, as if it were new; it will not ask the connector again."""
+        self.status = SequenceStatus.WAITING
+        self.may_load = False
+        self.block_ids = []
+        self.num_committed_blocks = self.num_told_tokens = self.num_told_blocks = 0
+        self.num_computed = self.num_pool_tokens = self.num_connector_matched_tokens = 0
 
     def get_tokens(self, beam: int = 0) -> list[int]:
         """Prompt and generated tokens; the list itself, not to be changed."""
@@ -85,7 +98,9 @@ class Sequence:
 
 @dataclass(slots=True)
 class Slice:
-    """A sequence's share of a forward pass: `tokens` at positions `start` and on, with all blocks up to their end.
+    """A sequence's share of a forward pass: `tokens` at positions `start` and on.
+
+    block_ids: one list a layer group, all blocks up to the end; NO_BLOCK where none of the tokens attends.
 
     draws: whether the last token's logits give the sequence its next token.
     """
@@ -93,7 +108,7 @@ class Slice:
     request_id: int
     tokens: list[int]
     start: int
-    block_ids: list[int]
+    block_ids: list[list[int]]
     draws: bool
 
     @property
@@ -103,9 +118,13 @@ class Slice:
 
 @dataclass(slots=True)
 class Batch:
-    """One forward pass. Decode steps (slices of one token that have a past) come first, then prefill slices."""
+    """One forward pass. Decode steps (slices of one token that have a past) come first, then prefill slices.
+
+    lora_id: the adapter that all of them use, or None.
+    """
 
     slices: list[Slice] = field(default_factory=list)
+    lora_id: str | None = None
 
     @property
     def num_tokens(self) -> int:

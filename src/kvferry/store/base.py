@@ -82,7 +82,7 @@ class BlockStore(Protocol):
         """Where the slots lie."""
 
     def match(self, geometry: Geometry, keys: Sequence[bytes]) -> Match:
-        """The longest loadable prefix of `keys` by the hit rule (`hit.longest_hit`). Takes no lease."""
+        """The longest loadable prefix of `keys` by the hit rule (`kvferry.hit.longest_hit`). Takes no lease."""
 
     def begin_load(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> Job | None:
         """Lease the slots that an engine needs to go on after the last of `keys` when it already has the chunks before

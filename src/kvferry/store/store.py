@@ -28,10 +28,10 @@ from typing import Final
 from kvferry.blocks import Geometry, GroupKind, Job, JobKind, Tier
 from kvferry.config import StoreOptions
 from kvferry.errors import ConfigError
+from kvferry.hit import longest_hit, needed_units
 from kvferry.observability.metrics import Meter
 from kvferry.store.arena import ALIGNMENT, Arena
 from kvferry.store.base import ArenaInfo, Match, PollResult
-from kvferry.store.hit import longest_hit, needed_chunks
 from kvferry.store.index import Entry, EntryId, EntryState, Index, Wanted
 from kvferry.store.keys import root_key
 from kvferry.store.leases import Lease, LeaseTable
@@ -121,10 +121,12 @@ class Store:
         with self._lock:
             self._expire()
             tiers = [self._locate(geometry, keys, group) for group in range(len(geometry.groups))]
-            num_chunks = longest_hit(geometry, [[tier is not None for tier in of] for of in tiers])
+            num_chunks = longest_hit(
+                geometry.groups, geometry.chunk_tokens, [[tier is not None for tier in of] for of in tiers]
+            )
             farthest = [Tier.MEMORY] * num_chunks
             for group, of in zip(geometry.groups, tiers, strict=True):
-                for chunk in needed_chunks(group, geometry.chunk_tokens, 0, num_chunks):
+                for chunk in needed_units(group, geometry.chunk_tokens, 0, num_chunks):
                     tier = of[chunk]
                     assert tier is not None, "a hit has all that its groups need"
                     farthest[chunk] = max(farthest[chunk], tier)
@@ -306,7 +308,7 @@ class Store:
             return []
         wanted = []
         for group, spec in enumerate(geometry.groups):
-            for chunk in needed_chunks(spec, geometry.chunk_tokens, first_chunk, len(keys)):
+            for chunk in needed_units(spec, geometry.chunk_tokens, first_chunk, len(keys)):
                 parent = keys[chunk - 1] if chunk else self._roots[geometry]
                 wanted.append((chunk, Wanted((keys[chunk], group), parent, spec.part_bytes, geometry.num_ranks)))
         wanted.sort(key=lambda item: (item[0], item[1].id[1]))

@@ -14,8 +14,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvferry.config import KvCacheConnectorConfig
-from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker, Request, SchedulerOutput
+from kvferry.connector.api import (
+    NO_BLOCK,
+    KvCacheConnectorScheduler,
+    KvCacheConnectorWorker,
+    Request,
+    SchedulerOutput,
+)
 from kvferry.connector.config import LlmArgs
+from kvferry.connector.layout import KvCacheLayout
 
 if TYPE_CHECKING:
     import torch
@@ -33,14 +40,16 @@ class Call:
 class Shelf:
     """What the halves share and a test looks at.
 
-    blocks: content hash to one block's KV. may_end_loads, may_end_saves: whether asynchronous ones report themselves.
+    blocks: (layer group, content hash) to one block's bytes. may_end_loads, may_end_saves: whether asynchronous ones
+    report themselves.
     """
 
     asynchronous_loads: bool = False
     asynchronous_saves: bool = False
     may_end_loads: bool = True
     may_end_saves: bool = True
-    blocks: dict[bytes, torch.Tensor] = field(default_factory=dict)
+    blocks: dict[tuple[int, bytes], torch.Tensor] = field(default_factory=dict)
+    num_groups: int = 1
     calls: list[Call] = field(default_factory=list)
 
     def note(self, hook: str, *arguments: Any) -> None:
@@ -66,10 +75,10 @@ def shelf_config(name: str) -> KvCacheConnectorConfig:
 
 @dataclass(slots=True)
 class _Copies:
-    """A pass's metadata: (content hash, block id) pairs."""
+    """A pass's metadata: (layer group, content hash, block id)."""
 
-    loads: list[tuple[bytes, int]] = field(default_factory=list)
-    saves: list[tuple[bytes, int]] = field(default_factory=list)
+    loads: list[tuple[int, bytes, int]] = field(default_factory=list)
+    saves: list[tuple[int, bytes, int]] = field(default_factory=list)
 
 
 class ShelfScheduler(KvCacheConnectorScheduler):
@@ -80,7 +89,7 @@ class ShelfScheduler(KvCacheConnectorScheduler):
         self._shelf = SHELVES[llm_args.kv_connector_config.options["shelf"]]
         self._block = llm_args.tokens_per_block
         self._planned_loads: dict[int, tuple[int, list[bytes]]] = {}
-        self._loads: list[tuple[bytes, int]] = []
+        self._loads: list[tuple[int, bytes, int]] = []
 
     def _hashes(self, tokens: Sequence[int], salt: str | None) -> list[bytes]:
         digest = hashlib.sha256(repr(salt).encode())
@@ -95,32 +104,52 @@ class ShelfScheduler(KvCacheConnectorScheduler):
         tokens = request.get_tokens(0)
         first = num_computed_tokens // self._block
         hashes = self._hashes(tokens[: len(tokens) - 1], request.cache_salt)[first:]
-        found = list(itertools.takewhile(self._shelf.blocks.__contains__, hashes))
+        found = list(itertools.takewhile(self._is_whole, hashes))
         self._planned_loads[request.request_id] = (first, found)
         return len(found) * self._block, bool(found) and self._shelf.asynchronous_loads
 
-    def update_state_after_alloc(self, request: Request, block_ids: list[int]) -> None:
-        self._shelf.note("update_state_after_alloc", request.request_id, tuple(block_ids))
+    def _is_whole(self, content: bytes) -> bool:
+        return all((group, content) in self._shelf.blocks for group in range(self._shelf.num_groups))
+
+    def update_state_after_alloc_by_layer_group(
+        self, request: Request, block_ids_by_layer_group: list[list[int]]
+    ) -> None:
+        self._shelf.note("update_state_after_alloc", request.request_id, _frozen(block_ids_by_layer_group))
         first, found = self._planned_loads.pop(request.request_id)
-        self._loads += zip(found, block_ids[first : first + len(found)], strict=True)
+        if request.num_connector_matched_tokens:
+            for group, block_ids in enumerate(block_ids_by_layer_group):
+                self._loads += _existing(group, found, block_ids[first:])
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> _Copies:
         self._shelf.note("build_connector_meta", scheduler_output)
         copies, self._loads = _Copies(loads=self._loads), []
         for data in scheduler_output.new_requests:
             hashes = self._hashes(data.new_tokens, data.cache_salt)
-            copies.saves += zip(hashes, data.new_block_ids, strict=False)
+            for group, block_ids in enumerate(data.new_block_ids_by_layer_group):
+                copies.saves += _existing(group, hashes, block_ids)
         return copies
 
-    def request_finished(self, request: Request, cache_block_ids: list[int]) -> bool:
-        self._shelf.note("request_finished", request.request_id, tuple(cache_block_ids))
+    def request_finished_by_layer_group(
+        self, request: Request, cache_block_ids_by_layer_group: list[list[int]]
+    ) -> bool:
+        self._shelf.note("request_finished", request.request_id, _frozen(cache_block_ids_by_layer_group))
         return self._shelf.asynchronous_saves
 
-    def cancel_load(self, request: Request) -> None:
-        self._shelf.note("cancel_load", request.request_id)
+    def cancel_load(self, request: Request, start: int, end: int) -> None:
+        self._shelf.note("cancel_load", request.request_id, start, end)
 
     def shutdown(self) -> None:
         self._shelf.note("scheduler.shutdown")
+
+
+def _existing(group: int, contents: Sequence[bytes], block_ids: Sequence[int]) -> list[tuple[int, bytes, int]]:
+    """Contents with their blocks, less those that the group does not have."""
+    pairs = zip(contents, block_ids, strict=False)
+    return [(group, content, block_id) for content, block_id in pairs if block_id != NO_BLOCK]
+
+
+def _frozen(groups: list[list[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(of_group) for of_group in groups)
 
 
 class ShelfWorker(KvCacheConnectorWorker):
@@ -133,9 +162,10 @@ class ShelfWorker(KvCacheConnectorWorker):
         self._loading: list[int] = []
         self._saving: list[int] = []
 
-    def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
-        self._shelf.note("register_kv_caches", tuple(kv_cache_tensor.shape))
-        self._pool = kv_cache_tensor
+    def register_kv_cache_layout(self, layout: KvCacheLayout) -> None:
+        self._shelf.note("register_kv_cache_layout", layout)
+        self._shelf.num_groups = len(layout.groups)
+        self._pools = [group.regions[0].as_tensor() for group in layout.groups]
 
     def bind_connector_meta(self, metadata: object) -> None:
         self._shelf.note("bind_connector_meta")
@@ -143,8 +173,8 @@ class ShelfWorker(KvCacheConnectorWorker):
 
     def start_load_kv(self, stream: Any) -> None:
         self._shelf.note("start_load_kv")
-        for content, block_id in self._metadata.loads:
-            self._pool[block_id] = self._shelf.blocks[content]
+        for group, content, block_id in self._metadata.loads:
+            self._pools[group][block_id] = self._shelf.blocks[group, content]
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
         self._shelf.note("wait_for_layer_load", layer_idx)
@@ -154,8 +184,8 @@ class ShelfWorker(KvCacheConnectorWorker):
 
     def wait_for_save(self, stream: Any) -> None:
         self._shelf.note("wait_for_save")
-        for content, block_id in self._metadata.saves:
-            self._shelf.blocks.setdefault(content, self._pool[block_id].clone())
+        for group, content, block_id in self._metadata.saves:
+            self._shelf.blocks.setdefault((group, content), self._pools[group][block_id].clone())
 
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]

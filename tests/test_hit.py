@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.blocks import Geometry, GroupKind, GroupSpec
-from kvferry.store.hit import longest_hit, needed_chunks
+from kvferry.hit import longest_hit, needed_units
 
 CHUNK_TOKENS = 4
 FULL = GroupSpec(GroupKind.FULL, (0,), 64)
@@ -46,10 +46,10 @@ def test_the_hit_is_the_last_boundary_where_every_group_is_whole(
             )
         )
     ]
-    hit = longest_hit(geometry(*groups), present)
+    hit = longest_hit(groups, CHUNK_TOKENS, present)
     assert hit == boundaries[-1]
     for position, group in enumerate(groups):
-        assert all(present[position][chunk] for chunk in needed_chunks(group, CHUNK_TOKENS, 0, hit))
+        assert all(present[position][chunk] for chunk in needed_units(group, CHUNK_TOKENS, 0, hit))
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_the_hit_is_the_last_boundary_where_every_group_is_whole(
     ],
 )
 def test_what_a_group_needs(group: GroupSpec, first_chunk: int, num_chunks: int, expected: list[int]) -> None:
-    assert list(needed_chunks(group, CHUNK_TOKENS, first_chunk, num_chunks)) == expected
+    assert list(needed_units(group, CHUNK_TOKENS, first_chunk, num_chunks)) == expected
 
 
 def test_a_group_known_to_fewer_chunks_ends_the_hit() -> None:
-    assert longest_hit(geometry(FULL, FULL), [[True] * 5, [True] * 3]) == 3
-    assert longest_hit(geometry(FULL), [[]]) == 0
+    assert longest_hit((FULL, FULL), CHUNK_TOKENS, [[True] * 5, [True] * 3]) == 3
+    assert longest_hit((FULL,), CHUNK_TOKENS, [[]]) == 0

@@ -1,0 +1,122 @@
+"""Describes an engine's pools to a connector as byte ranges, where one tensor cannot. Knows no engine.
+
+Names and addressing follow TensorRT-LLM's `kv_cache_layout` module: the bytes of page `i` of a region lie at
+`base + stride * i`, and page ids are scoped to a layer group. Imports no torch until a region is viewed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KvCacheBufferRef:
+    """One layer's keys or values in a region. `role` is "key" or "value"; `layer_id` counts over the whole model."""
+
+    layer_id: int
+    role: str
+    expansion: int = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KvCacheRegion:
+    """`size` bytes that repeat for each of `num_slots` pages, `stride` bytes apart from address `base` on.
+
+    `memory` is the tensor that owns the bytes, so that a region keeps its pool alive.
+    """
+
+    base: int
+    size: int
+    stride: int
+    num_slots: int
+    buffers: tuple[KvCacheBufferRef, ...]
+    memory: Any
+
+    def address_of(self, slot_id: int) -> int:
+        """Address of a page. IndexError: there is no such page."""
+        if not 0 <= slot_id < self.num_slots:
+            raise IndexError(f"page {slot_id} is not in 0 .. {self.num_slots - 1}")
+        return self.base + self.stride * slot_id
+
+    def as_tensor(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The region as `[num_slots, size // itemsize]`, row `i` being page `i`; bytes unless `dtype` says otherwise.
+        ValueError: size or stride is no multiple of the type's size."""
+        import torch
+
+        dtype = dtype or torch.uint8
+        if self.size % dtype.itemsize or self.stride % dtype.itemsize:
+            raise ValueError(f"{self.size} bytes every {self.stride} are no whole number of {dtype}")
+        elements = self.memory.untyped_storage()
+        flat = torch.empty(0, dtype=dtype, device=self.memory.device).set_(elements)
+        offset = (self.base - elements.data_ptr()) // dtype.itemsize
+        shape = (self.num_slots, self.size // dtype.itemsize)
+        return flat.as_strided(shape, (self.stride // dtype.itemsize, 1), offset)
+
+
+@dataclass(frozen=True, slots=True)
+class KvCacheLayerGroupLayout:
+    """Layers that share page ids. `window_size` in tokens, None for full attention.
+
+    replicated_regions: bytes that are equal on every rank; the embedded engine has none.
+    """
+
+    layer_group_id: int
+    layer_ids: tuple[int, ...]
+    window_size: int | None
+    regions: tuple[KvCacheRegion, ...]
+    replicated_regions: tuple[KvCacheRegion, ...] = ()
+
+    @property
+    def bytes_per_page(self) -> int:
+        return sum(region.size for region in self.regions)
+
+    @property
+    def replicated_bytes_per_page(self) -> int:
+        return sum(region.size for region in self.replicated_regions)
+
+
+@dataclass(frozen=True, slots=True)
+class KvCacheLayout:
+    """All of a rank's pools."""
+
+    tokens_per_block: int
+    groups: tuple[KvCacheLayerGroupLayout, ...]
+
+    def group(self, layer_group_id: int) -> KvCacheLayerGroupLayout:
+        """KeyError: there is no such group."""
+        for group in self.groups:
+            if group.layer_group_id == layer_group_id:
+                return group
+        raise KeyError(f"no layer group {layer_group_id}")
+
+    def group_of_layer(self, layer_id: int) -> KvCacheLayerGroupLayout:
+        """KeyError: no group has this layer."""
+        for group in self.groups:
+            if layer_id in group.layer_ids:
+                return group
+        raise KeyError(f"no layer group has layer {layer_id}")
+
+    def as_single_pool_tensor(self) -> torch.Tensor | None:
+        """The pool tensor that `register_kv_caches` takes, or None where one tensor cannot describe the pools."""
+        if len(self.groups) != 1 or len(self.groups[0].regions) != 1:
+            return None
+        pool: torch.Tensor = self.groups[0].regions[0].memory
+        return pool
+
+
+def describe_pools(
+    tokens_per_block: int, pools: list[tuple[tuple[int, ...], int | None, torch.Tensor]]
+) -> KvCacheLayout:
+    """The layout of pools given as (layers, window, tensor), each tensor contiguous, of shape
+    `[num_blocks, num_layers, kv_factor, elements]`."""
+    groups = []
+    for group_id, (layers, window, tensor) in enumerate(pools):
+        page_bytes = tensor.stride(0) * tensor.element_size()
+        buffers = tuple(KvCacheBufferRef(layer, role) for layer in layers for role in ("key", "value"))
+        region = KvCacheRegion(tensor.data_ptr(), page_bytes, page_bytes, tensor.shape[0], buffers, tensor)
+        groups.append(KvCacheLayerGroupLayout(group_id, layers, window, (region,)))
+    return KvCacheLayout(tokens_per_block, tuple(groups))

@@ -8,23 +8,24 @@ Knows no engine.
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvferry.config import StoreOptions, load_options
 from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker, Request, SchedulerOutput
 from kvferry.connector.config import LlmArgs
+from kvferry.connector.layout import KvCacheLayout
 from kvferry.errors import ConfigError, StoreError
 from kvferry.observability.log import set_level
 from kvferry.offload.embedded import EMBEDDED, open_for_rank
-from kvferry.offload.identity import check_chunk_tokens, identity, single_group_geometry
+from kvferry.offload.identity import PoolGroup, check_chunk_tokens, identity, make_geometry
 from kvferry.offload.metadata import PassMetadata, RequestJob
 from kvferry.offload.mover import Mover
 from kvferry.offload.planner import Planner
+from kvferry.offload.pools import read_group, read_pool
 from kvferry.store.store import Store
-from kvferry.transfer.copy import CopyEngine, self_test
-from kvferry.transfer.layout import Layout, PoolSpec, UnknownLayout, read_layout
+from kvferry.transfer.copy import CopyEngine
+from kvferry.transfer.layout import Layout, UnknownLayout
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +67,13 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
         return offer.num_tokens, offer.is_async
 
     def update_state_after_alloc(self, request: Request, block_ids: list[int]) -> None:
+        self.update_state_after_alloc_by_layer_group(request, [block_ids])
+
+    def update_state_after_alloc_by_layer_group(
+        self, request: Request, block_ids_by_layer_group: list[list[int]]
+    ) -> None:
         if self._planner is not None:
-            self._planner.allocated(request, [block_ids])
+            self._planner.allocated(request, block_ids_by_layer_group)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PassMetadata:
         return self._planner.plan(scheduler_output) if self._planner is not None else PassMetadata()
@@ -76,7 +82,12 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
         """True if anything of the request was ever saved: its last copies may be under way."""
         return self._planner is not None and self._planner.finished(request.request_id)
 
-    def cancel_load(self, request: Request, start: int = 0, end: int = sys.maxsize) -> None:
+    def request_finished_by_layer_group(
+        self, request: Request, cache_block_ids_by_layer_group: list[list[int]]
+    ) -> bool:
+        return self._planner is not None and self._planner.finished(request.request_id)
+
+    def cancel_load(self, request: Request, start: int, end: int) -> None:
         if self._planner is not None:
             self._planner.cancel_load(request.request_id, start, end)
 
@@ -99,7 +110,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
     def __init__(self, llm_args: LlmArgs) -> None:
         super().__init__(llm_args)
         self._options = _options(llm_args)
-        self._store = open_for_rank(llm_args, self._options)
+        self._store, self._close_store = open_for_rank(llm_args, self._options)
         self._mover: Mover | None = None
         self._loads: list[RequestJob] = []
         """The pass's loads that have not begun."""
@@ -115,49 +126,55 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         self._beside = _Beside()
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
+        """A pool in which all layers share block ids and keep every token. Errors as `register_kv_cache_layout`."""
+        layers = tuple(range(self._llm_args.num_layers))
+        self._register([(layers, None, read_pool(self._llm_args, kv_cache_tensor, len(layers)))])
+
+    def register_kv_cache_layout(self, layout: KvCacheLayout) -> None:
         """ConfigError: the arena is too small for one chunk."""
+        self._register(
+            [
+                (group.layer_ids, group.window_size, read_group(self._llm_args, group, position))
+                for position, group in enumerate(layout.groups)
+            ]
+        )
+
+    def _register(self, pools: Sequence[tuple[tuple[int, ...], int | None, Layout | UnknownLayout]]) -> None:
         if self._store is None:
             return
         name = identity(self._llm_args)
-        layout = self._known_layout(kv_cache_tensor)
+        unknown = [layout.reason for _, _, layout in pools if isinstance(layout, UnknownLayout)]
+        layers = sorted(layer for of_group, _, _ in pools for layer in of_group)
+        if layers != list(range(self._llm_args.num_layers)):
+            unknown.append(f"layers {layers} are registered of {self._llm_args.num_layers}")
         if name is None:
             logger.warning("KV is not kept beyond the engine's pool: the engine cannot name its model's weights")
-        elif isinstance(layout, UnknownLayout):
-            logger.warning("KV is not kept beyond the engine's pool: its layout is unknown: %s", layout.reason)
-        else:
-            chunk_tokens = self._options.chunk_tokens
-            geometry = single_group_geometry(
-                self._llm_args, name, layout.fingerprint(), layout.part_bytes(chunk_tokens), chunk_tokens
-            )
-            try:
-                self._store.store.register(self._llm_args.engine_id, self._llm_args.rank, geometry)
-            except StoreError as error:
-                logger.warning("KV is not kept beyond the engine's pool: %s", error)
-                return
-            except ConfigError:  # There will be no engine, hence nobody to call `shutdown`.
-                self.shutdown()
-                raise
-            arena = self._store.arena
-            engine = CopyEngine(layout, arena.buffer)
-            seconds = self._options.load_deadline_seconds
-            self._mover = Mover(self._store.store, arena, [engine], self._llm_args.rank, ready_seconds=seconds)
-
-    def _known_layout(self, pool: torch.Tensor) -> Layout | UnknownLayout:
-        """The pool's layout, proved on the pool itself, which nobody uses yet."""
-        args = self._llm_args
-        if args.num_kv_heads % args.tensor_parallel_size:
-            return UnknownLayout(f"{args.num_kv_heads} heads on {args.tensor_parallel_size} ranks")
-        spec = PoolSpec(
-            num_layers=args.num_layers,
-            num_heads=args.num_kv_heads // args.tensor_parallel_size,
-            head_dim=args.head_dim,
-            tokens_per_block=args.kv_cache_config.tokens_per_block,
-            dtype=args.kv_dtype,
+            return
+        if unknown:
+            logger.warning("KV is not kept beyond the engine's pool: its layout is unknown: %s", unknown[0])
+            return
+        layouts = [layout for _, _, layout in pools if isinstance(layout, Layout)]
+        chunk_tokens = self._options.chunk_tokens
+        groups = [
+            PoolGroup(layers, window_tokens, layout.part_bytes(chunk_tokens), layout.fingerprint())
+            for (layers, window_tokens, _), layout in zip(pools, layouts, strict=True)
+        ]
+        try:
+            geometry = make_geometry(self._llm_args, name, chunk_tokens, groups)
+            self._store.store.register(self._llm_args.engine_id, self._llm_args.rank, geometry)
+        except StoreError as error:
+            logger.warning("KV is not kept beyond the engine's pool: %s", error)
+            return
+        except ConfigError:  # There will be no engine, hence nobody to call `shutdown`.
+            self.shutdown()
+            raise
+        self._mover = Mover(
+            self._store,
+            [CopyEngine(layout, self._store.arena.buffer) for layout in layouts],
+            self._llm_args.rank,
+            frozenset(index for index, group in enumerate(groups) if group.window_tokens is not None),
+            ready_seconds=self._options.load_deadline_seconds,
         )
-        layout = read_layout(pool, spec)
-        if isinstance(layout, Layout) and not self_test(layout):
-            return UnknownLayout("bytes written to the pool were not found where they should be")
-        return layout
 
     def bind_connector_meta(self, metadata: object) -> None:
         """The pass before may have broken off: what it left is given up before the next begins."""
@@ -228,9 +245,8 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         if self._mover is not None:
             self._mover.close()
             self._mover = None
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        self._store = None
+        self._close_store()
 
     def _end_loads(self) -> None:
         """Wait for the pass's loads; those that were never begun have failed."""

@@ -115,40 +115,35 @@ def _make_store(options: StoreOptions) -> Store | None:
 
 @dataclass(frozen=True, slots=True)
 class RankStore:
-    """What a rank's worker has of the engine's store: `store` to register with and to tell of jobs, the arena that it
-    maps, and `close` for when the worker ends."""
+    """What a rank's worker has of the engine's store: `store` to register with and to tell of jobs, and the arena that
+    this process maps."""
 
     store: Store | StoreClient
     arena: Arena
-    close: Callable[[], None]
 
 
-def open_for_rank(llm_args: LlmArgs, options: StoreOptions) -> RankStore | None:
-    """The engine's store for one rank; None: there is none, which was logged."""
+def open_for_rank(llm_args: LlmArgs, options: StoreOptions) -> tuple[RankStore | None, Callable[[], None]]:
+    """The engine's store for one rank, or None if there is none, which was logged; and what to call in the end."""
     if llm_args.rank == 0 or llm_args.runtime_dir is None:
-        runtime_dir = llm_args.runtime_dir if llm_args.rank == 0 else None
-        store = EMBEDDED.acquire(llm_args.engine_id, options, runtime_dir)
-        if store is not None:
-            return RankStore(store, store.mapping, partial(EMBEDDED.release, llm_args.engine_id))
-        EMBEDDED.release(llm_args.engine_id)
-        return None
+        store = EMBEDDED.acquire(llm_args.engine_id, options, llm_args.runtime_dir)
+        opened = RankStore(store, store.mapping) if store is not None else None
+        return opened, partial(EMBEDDED.release, llm_args.engine_id)
     try:
         client = StoreClient(_socket_in(llm_args.runtime_dir))
     except StoreError as error:
         logger.warning("KV is not kept beyond the engine's pool: %s", error)
-        return None
+        return None, lambda: None
     try:
         arena = Arena.attach(client.arena())
     except ArenaError as error:
-        client.close()
         logger.warning("KV is not kept beyond the engine's pool: %s", error)
-        return None
+        return None, client.close
 
     def close() -> None:
         client.close()
         arena.close()
 
-    return RankStore(client, arena, close)
+    return RankStore(client, arena), close
 
 
 def _socket_in(runtime_dir: str) -> Path:

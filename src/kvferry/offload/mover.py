@@ -29,6 +29,16 @@ class JobEnds(Protocol):
     def done(self, job_id: int, rank: int, ok: bool) -> None: ...
 
 
+class ArenaStore(Protocol):
+    """A store and this process's mapping of its arena."""
+
+    @property
+    def store(self) -> JobEnds: ...
+
+    @property
+    def arena(self) -> Arena: ...
+
+
 class Mover:
     """One rank's copies. `engines[group]` copies between that group's pool and the arena.
 
@@ -41,16 +51,15 @@ class Mover:
 
     def __init__(
         self,
-        store: JobEnds,
-        arena: Arena,
+        store: ArenaStore,
         engines: Sequence[CopyEngine],
         rank: int,
         passing_groups: frozenset[int] = frozenset(),
         ready_seconds: float = 2.0,
     ) -> None:
         self.meter = Meter()
-        self._store = store
-        self._arena = arena
+        self._store = store.store
+        self._arena = store.arena
         self._engines = engines
         self._rank = rank
         self._passing_groups = passing_groups

@@ -330,11 +330,16 @@ class Planner:
             return
         tracked.num_chunks = num_chunks
         first_chunk = self._first_whole_chunk(tracked.block_ids, computed)
-        job = self._store.begin_store(self._geometry, tracked.chain.keys[:num_chunks], first_chunk)
-        if job is not None:
-            tracked.saves = True
-            parts = [self._store_copy(part, tracked.block_ids) for part in job.parts]
-            metadata.stores.append(RequestJob(data.request_id, CopyJob(job.job_id, parts)))
+        boundaries = [num_chunks]
+        if self._has_windows and tracked.chain.num_tokens == num_chunks * chunk_tokens:
+            # The same prompt again goes on one chunk earlier, as its last token is always computed.
+            boundaries.insert(0, num_chunks - 1)
+        for boundary in boundaries:
+            job = self._store.begin_store(self._geometry, tracked.chain.keys[:boundary], first_chunk)
+            if job is not None:
+                tracked.saves = True
+                parts = [self._store_copy(part, tracked.block_ids) for part in job.parts]
+                metadata.stores.append(RequestJob(data.request_id, CopyJob(job.job_id, parts)))
 
     def _are_followed(self, block_ids: BlockIds, num_chunks: int) -> bool:
         """Whether the blocks of these chunks are known. Only a window leaves blocks behind."""

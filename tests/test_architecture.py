@@ -44,6 +44,8 @@ OPTIONS = {
         "disk_path",
         "disk_size_gb",
         "disk_threads",
+        "async_load",
+        "async_load_bytes",
         "load_deadline_seconds",
         "close_deadline_seconds",
         "log_level",

@@ -50,6 +50,10 @@ class StoreOptions:
     disk_path: str | None = option(None, "folder of the disk tier; default none")
     disk_size_gb: float = option(20.0, "most that the disk tier may occupy, temporary files too, in 10^9 bytes", gt=0)
     disk_threads: int = option(2, "threads that read and write the disk tier", ge=1)
+    async_load: Literal["auto", "always", "never"] = option(
+        "auto", "which loads take their request out of the batch; auto: those from lower tiers, and large ones"
+    )
+    async_load_bytes: int = option(64_000_000, "bytes on one rank from which on a load is large", ge=0)
     load_deadline_seconds: float = option(2.0, "longest that a request waits for lower tiers; then it computes", ge=0)
     close_deadline_seconds: float = option(10.0, "longest that closing waits for writes to lower tiers", ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = option("warning", "level of the logger `kvferry`")

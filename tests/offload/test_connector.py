@@ -31,8 +31,10 @@ def store_of(engine: FakeEngine) -> Any:
 
 
 def check_idle(engine: FakeEngine) -> None:
-    """Between requests nothing is leased or half-written, and the store's books are right."""
-    store = store_of(engine)
+    """Once all copies have ended nothing is leased or half-written, and the store's books are right."""
+    store, worker = store_of(engine), engine.manager.worker
+    while worker._beside.saves or worker._beside.loads:  # type: ignore[attr-defined]
+        worker._beside.take_in(worker._mover.take_ended())  # type: ignore[attr-defined]
     assert store.stats()["leases"] == store.stats()["leases_lapsed_writing"] == 0
     store.check()
 
@@ -273,7 +275,7 @@ def test_what_cannot_be_named_or_is_unknown_is_not_kept(
 def test_a_failed_self_test_keeps_nothing(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvferry.offload.connector.self_test", lambda layout: False)
+    monkeypatch.setattr("kvferry.offload.pools.self_test", lambda layout: False)
     engine = make_engine(args=NO_REUSE)
     engine.run(prompt(40))
     assert engine.run(prompt(40)).num_connector_matched_tokens == 0
@@ -318,3 +320,41 @@ def test_shutdown_leaves_no_arena_and_no_thread(make_engine: MakeEngine, tmp_pat
     engine.shutdown()
     assert not list(tmp_path.rglob("*.arena"))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvferry")]
+
+
+GEMMA_LIKE = {**NO_REUSE, "sliding_windows": (24, None, 24)}
+MISTRAL_LIKE = {**NO_REUSE, "sliding_windows": (24, 24, 24)}
+
+
+@pytest.mark.parametrize("mode", ["never", "always"])
+@pytest.mark.parametrize("max_num_tokens", [64, 20])
+@pytest.mark.parametrize("groups", [GEMMA_LIKE, MISTRAL_LIKE], ids=["two groups", "one window"])
+def test_windows_hit_at_ends_of_chunks(
+    make_engine: MakeEngine, groups: dict[str, Any], max_num_tokens: int, mode: str
+) -> None:
+    """A window's chunks are saved in the pass that completes them, before the engine takes their blocks back."""
+    engine = make_engine(num_blocks=128, args={**groups, "max_num_tokens": max_num_tokens}, async_load=mode)
+    for num_tokens in (15, 16, 17, 47, 48, 49, 64, 100):
+        cold = engine.run(prompt(num_tokens, seed=num_tokens), max_tokens=30)
+        warm = engine.run(prompt(num_tokens, seed=num_tokens), max_tokens=30)
+        assert warm.tokens == cold.tokens
+        assert warm.num_connector_matched_tokens % CHUNK == 0
+        assert warm.num_connector_matched_tokens == (num_tokens - 1) // CHUNK * CHUNK
+        following = engine.run([*cold.tokens, 1, 2, 3])
+        assert following.num_connector_matched_tokens == (num_tokens + 29) // CHUNK * CHUNK
+        check_idle(engine)
+    assert engine.num_failed_loads == 0
+
+
+@pytest.mark.parametrize("mode", ["never", "always"])
+def test_blocks_behind_a_window_that_were_not_loaded_are_not_shared(make_engine: MakeEngine, mode: str) -> None:
+    """A load brings only what the window covers at its end; the pool must not offer the rest to a shorter prompt."""
+    engine = make_engine(num_blocks=32, args={"sliding_windows": (24, None, 24)}, async_load=mode)
+    engine.run(prompt(100))
+    for seed in range(4):
+        engine.run(prompt(100, seed=9 + seed))
+    warm = engine.run(prompt(100))
+    assert warm.num_connector_matched_tokens == 96
+    shorter = engine.run(prompt(60))
+    assert shorter.num_pool_tokens == 0
+    check_idle(engine)

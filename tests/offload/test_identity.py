@@ -9,7 +9,7 @@ import pytest
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
 from kvferry.connector.config import LlmArgs
 from kvferry.errors import ConfigError
-from kvferry.offload.identity import check_chunk_tokens, identity, single_group_geometry
+from kvferry.offload.identity import PoolGroup, check_chunk_tokens, identity, make_geometry
 from kvferry.store.keys import root_key
 
 ARGS = LlmArgs(
@@ -27,10 +27,17 @@ ARGS = LlmArgs(
 )
 
 
-def root(args: LlmArgs, fingerprint: str = "layout", part_bytes: int = 4096, chunk_tokens: int = 64) -> bytes:
+def root(
+    args: LlmArgs,
+    fingerprint: str = "layout",
+    part_bytes: int = 4096,
+    chunk_tokens: int = 64,
+    window_tokens: int | None = None,
+) -> bytes:
     name = identity(args)
     assert name is not None
-    return root_key(single_group_geometry(args, name, fingerprint, part_bytes, chunk_tokens))
+    group = PoolGroup((0, 1, 2, 3), window_tokens, part_bytes, fingerprint)
+    return root_key(make_geometry(args, name, chunk_tokens, [group]))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +57,8 @@ def test_what_changes_the_bytes_changes_the_keys(change: dict[str, object]) -> N
 
 
 def test_layout_and_chunk_size_change_the_keys() -> None:
-    assert len({root(ARGS), root(ARGS, "other"), root(ARGS, part_bytes=8192), root(ARGS, chunk_tokens=128)}) == 4
+    changes = [{"fingerprint": "other"}, {"part_bytes": 8192}, {"chunk_tokens": 128}, {"window_tokens": 64}]
+    assert len({root(ARGS), *(root(ARGS, **change) for change in changes)}) == 5  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("change", [{"engine_id": "b"}, {"model": "b"}, {"max_batch_size": 9}, {"rank": 1}])

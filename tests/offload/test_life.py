@@ -51,18 +51,31 @@ class EngineLife(RuleBasedStateMachine):
         l1_size_gb=st.sampled_from([0.00004, 0.0002]),
         policy=st.sampled_from(["lru", "s3fifo"]),
         has_disk=st.booleans(),
+        async_load=st.sampled_from(["auto", "always", "never"]),
+        windows=st.sampled_from([(), (24, None, 24), (10, 10, 10), (None, 40, 16)]),
     )
-    def begin(self, reuse: bool, max_num_tokens: int, l1_size_gb: float, policy: str, has_disk: bool) -> None:
+    def begin(
+        self,
+        reuse: bool,
+        max_num_tokens: int,
+        l1_size_gb: float,
+        policy: str,
+        has_disk: bool,
+        async_load: str,
+        windows: tuple[int | None, ...],
+    ) -> None:
         self.options: dict[str, Any] = {
             "chunk_tokens": 16,
             "l1_size_gb": l1_size_gb,
             "eviction_policy": policy,
             "arena_dir": str(Path(self.folder.name) / "arena"),
+            "async_load": async_load,
         }
         if has_disk:
             self.options |= {"disk_path": str(Path(self.folder.name) / "disk"), "disk_size_gb": 0.0002}
         self.changes = {
             "max_num_tokens": max_num_tokens,
+            "sliding_windows": windows,
             "kv_cache_config": KvCacheConfig(tokens_per_block=4, enable_block_reuse=reuse),
         }
         self.open()
@@ -95,6 +108,7 @@ class EngineLife(RuleBasedStateMachine):
     def run_all(self) -> None:
         for _ in range(2000):
             if not self.engine.scheduler.has_requests:
+                self.engine.settle()
                 return
             self.engine.step()
         raise AssertionError("the engine never came to an end")
@@ -135,7 +149,7 @@ class EngineLife(RuleBasedStateMachine):
     def books_are_right(self) -> None:
         if hasattr(self, "engine"):
             self.store.check()
-            if not self.engine.scheduler.has_requests:
+            if not (self.engine.scheduler.has_requests or self.engine.scheduler.has_transfers):
                 stats = self.store.stats()
                 assert stats["leases"] == stats["leases_lapsed_writing"] == 0
 

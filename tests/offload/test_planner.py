@@ -15,12 +15,13 @@ from kvferry.blocks import Geometry, GroupKind, GroupSpec, Tier
 from kvferry.config import StoreOptions
 from kvferry.connector.api import NO_BLOCK, RequestData, SchedulerOutput
 from kvferry.offload.metadata import CopyJob, PartCopy, PassMetadata
-from kvferry.offload.planner import Planner
+from kvferry.offload.planner import Offer, Planner
 from kvferry.store.keys import chunk_keys, root_key
 from kvferry.store.store import Store
 from kvferry.store.tier import ByteTier
 
 BLOCK, CHUNK = 4, 16
+OPTIONS = StoreOptions(load_deadline_seconds=1.0, async_load="never")
 GEOMETRY = Geometry("weights", "layout", CHUNK, 1, (GroupSpec(GroupKind.FULL, (0,), 4096),))
 
 
@@ -53,10 +54,10 @@ class Hand:
 
     def admit(self, request: FakeRequest, num_pool_tokens: int = 0) -> int:
         """Match, take all of it, allocate."""
-        matched = self.planner.match(request, num_pool_tokens)
+        matched = self.planner.match(request, num_pool_tokens).num_tokens
         request.num_connector_matched_tokens = matched
         request.block_ids = self.blocks_for(len(request.tokens))
-        self.planner.allocated(request, request.block_ids)
+        self.planner.allocated(request, [request.block_ids])
         return matched
 
     def first_pass(self, request: FakeRequest, num_scheduled: int, num_pool_tokens: int = 0) -> PassMetadata:
@@ -91,7 +92,7 @@ class Hand:
 def hand(tmp_path: Path) -> Iterator[Hand]:
     store = Store(StoreOptions(chunk_tokens=CHUNK, l1_size_gb=0.002, arena_dir=str(tmp_path / "arena")))
     store.register("engine", 0, GEOMETRY)
-    planner = Planner(store, GEOMETRY, BLOCK, load_deadline_seconds=1.0)
+    planner = Planner(store, GEOMETRY, BLOCK, OPTIONS)
     yield Hand(store, planner)
     planner.close()
     assert store.stats()["leases"] == 0
@@ -116,7 +117,7 @@ def test_a_prefill_saves_its_full_chunks_from_their_blocks(hand: Hand) -> None:
     assert copies(order.job) == [(0, request.block_ids[0:4]), (0, request.block_ids[4:8])]
     assert not metadata.loads
     hand.finish_jobs(metadata)
-    assert hand.planner.match(FakeRequest(2, prompt(40)), 0) == 32
+    assert hand.planner.match(FakeRequest(2, prompt(40)), 0).num_tokens == 32
 
 
 def test_a_chunked_prefill_saves_each_chunk_in_the_pass_that_completes_it(hand: Hand) -> None:
@@ -140,7 +141,7 @@ def test_decode_saves_a_chunk_with_the_token_that_fills_it(hand: Hand) -> None:
     assert copies(order.job) == [(0, request.block_ids)]
     hand.finish_jobs(metadata)
     assert not hand.later_pass(request, 16, new_tokens=(79,)).stores
-    assert hand.planner.match(FakeRequest(2, [*prompt(14), 77, 78, 5]), 0) == CHUNK
+    assert hand.planner.match(FakeRequest(2, [*prompt(14), 77, 78, 5]), 0).num_tokens == CHUNK
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_offers_whole_blocks_beyond_the_pool_and_never_the_last_token(
 ) -> None:
     hand.keep(prompt(33))
     request = FakeRequest(1, (prompt(33)[:32] + prompt(80, seed=9))[:num_tokens])
-    assert hand.planner.match(request, num_pool_tokens) == offered
+    assert hand.planner.match(request, num_pool_tokens).num_tokens == offered
     assert hand.num_leases() == (1 if offered else 0)
 
 
@@ -194,9 +195,9 @@ def test_salt_and_adapter_keep_requests_apart(hand: Hand) -> None:
     hand.keep(prompt(33), salt="a")
     hand.keep(prompt(33), lora="b")
     others = [(None, None), ("b", None), (None, "a"), ("a", "b"), ("", None)]
-    assert [hand.planner.match(FakeRequest(1, prompt(33), *other), 0) for other in others] == [0] * len(others)
-    assert hand.planner.match(FakeRequest(1, prompt(33), "a"), 0) == 32
-    assert hand.planner.match(FakeRequest(1, prompt(33), None, "b"), 0) == 32
+    assert all(hand.planner.match(FakeRequest(1, prompt(33), *other), 0) == Offer() for other in others)
+    assert hand.planner.match(FakeRequest(1, prompt(33), "a"), 0).num_tokens == 32
+    assert hand.planner.match(FakeRequest(1, prompt(33), None, "b"), 0).num_tokens == 32
 
 
 @pytest.mark.parametrize("end", ["finished", "matched again", "closed", "forgotten"])
@@ -204,7 +205,7 @@ def test_a_match_that_is_never_taken_gives_its_lease_back(
     hand: Hand, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     hand.keep(prompt(33))
-    assert hand.planner.match(FakeRequest(1, prompt(33)), 0) == 32
+    assert hand.planner.match(FakeRequest(1, prompt(33)), 0).num_tokens == 32
     assert hand.num_leases() == 1
     if end == "finished":
         hand.planner.finished(1)
@@ -235,7 +236,7 @@ def test_a_match_that_is_not_taken_whole_is_no_load(hand: Hand, num_taken: int) 
     hand.planner.match(request, 0)
     request.num_connector_matched_tokens = num_taken
     request.block_ids = hand.blocks_for(33)
-    hand.planner.allocated(request, request.block_ids)
+    hand.planner.allocated(request, [request.block_ids])
     assert hand.num_leases() == 0
     metadata = hand.first_pass(request, 33 - num_taken)
     assert metadata.lost_loads == ([1] if num_taken else [])
@@ -260,7 +261,7 @@ def test_a_pool_that_changed_since_the_match_loses_the_load(hand: Hand) -> None:
 
 def test_a_promise_that_was_forgotten_is_a_failed_load(hand: Hand) -> None:
     request = FakeRequest(1, prompt(33), num_connector_matched_tokens=32)
-    hand.planner.allocated(request, hand.blocks_for(33))
+    hand.planner.allocated(request, [hand.blocks_for(33)])
     assert hand.planner.plan(SchedulerOutput()).lost_loads == [1]
     assert hand.planner.plan(SchedulerOutput()).lost_loads == []
 
@@ -276,7 +277,7 @@ def test_a_request_put_back_by_a_failed_load_is_saved_when_computed(hand: Hand) 
     (order,) = metadata.stores
     assert [part.block_ids for part in order.job.parts] == [request.block_ids[8:12]]
     hand.finish_jobs(metadata)
-    assert hand.planner.match(FakeRequest(2, prompt(50)), 0) == 48
+    assert hand.planner.match(FakeRequest(2, prompt(50)), 0).num_tokens == 48
 
 
 def test_after_a_missed_pass_a_request_is_left_alone(hand: Hand) -> None:
@@ -301,7 +302,7 @@ def test_chunks_without_room_are_saved_once_there_is_some(hand: Hand, tmp_path: 
     big = replace(GEOMETRY, groups=(GroupSpec(GroupKind.FULL, (0,), 300_000),))
     store = Store(StoreOptions(chunk_tokens=CHUNK, l1_size_gb=0.001, arena_dir=str(tmp_path / "small")))
     store.register("engine", 0, big)
-    small = Hand(store, Planner(store, big, BLOCK, load_deadline_seconds=1.0))
+    small = Hand(store, Planner(store, big, BLOCK, OPTIONS))
     small.keep(prompt(33))
     request = FakeRequest(1, prompt(33))
     assert small.admit(request) == 32
@@ -356,7 +357,8 @@ def test_a_lower_tier_that_is_slow_or_empty_leaves_what_is_in_memory(tmp_path: P
     )
     store = Store(options, tiers=[ByteTier(backend, Tier.DISK)])
     store.register("engine", 0, GEOMETRY)
-    planner = Planner(store, GEOMETRY, BLOCK, load_deadline_seconds=60 if answers else 0.05)
+    waiting = StoreOptions(async_load="never", load_deadline_seconds=60 if answers else 0.05)
+    planner = Planner(store, GEOMETRY, BLOCK, waiting)
     hand = Hand(store, planner)
     job = store.begin_store(GEOMETRY, planner_keys(33), 0)
     assert job is not None

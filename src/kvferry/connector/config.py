@@ -16,6 +16,8 @@ class LlmArgs:
         case nothing may be kept beyond the engine's life.
     kv_dtype: torch's name of the pool's element type, such as "float32".
     num_layers, num_kv_heads, head_dim: of the whole model, not of one rank's part.
+    runtime_dir: where ranks are processes of their own, a folder that only their user may enter, the same for all of
+        them; removed when the engine ends.
     """
 
     engine_id: str
@@ -31,6 +33,7 @@ class LlmArgs:
     kv_connector_config: KvCacheConnectorConfig
     tensor_parallel_size: int = 1
     rank: int = 0
+    runtime_dir: str | None = None
     sliding_windows: tuple[int | None, ...] = field(default=())
 
     @property

@@ -292,6 +292,8 @@ class Scheduler:
             sequence = self._running.get(piece.request_id)
             if sequence is None or piece.request_id in failed:
                 continue
+            # A load brings only what a window covers at its end: the blocks behind it hold nothing to be shared.
+            self._blocks.release_behind(sequence.block_ids, piece.start)
             sequence.num_computed = piece.end
             self._commit_blocks(sequence)
             if piece.draws:

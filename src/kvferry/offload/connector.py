@@ -1,28 +1,31 @@
 """The connector behind the preset `kvferry`: the planner and the mover in the two halves of the connector API.
 
-Loads are synchronous: what the planner answers lies in memory already, so a load is one copy at the start of the pass.
-Saves end with their pass. Knows no engine.
+A load of what lies in memory is one copy at the start of the pass; one that is large, or that lower tiers have to
+answer first, runs beside the passes while its request waits outside the batch. Saves run beside the passes too.
+Knows no engine.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvferry.config import StoreOptions, load_options
 from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker, Request, SchedulerOutput
 from kvferry.connector.config import LlmArgs
-from kvferry.errors import ConfigError
+from kvferry.connector.layout import KvCacheLayout
+from kvferry.errors import ConfigError, StoreError
 from kvferry.observability.log import set_level
-from kvferry.offload.embedded import EMBEDDED
-from kvferry.offload.identity import check_chunk_tokens, identity, single_group_geometry
+from kvferry.offload.embedded import EMBEDDED, open_for_rank
+from kvferry.offload.identity import PoolGroup, check_chunk_tokens, identity, make_geometry
 from kvferry.offload.metadata import PassMetadata, RequestJob
 from kvferry.offload.mover import Mover
 from kvferry.offload.planner import Planner
+from kvferry.offload.pools import read_group, read_pool
 from kvferry.store.store import Store
-from kvferry.transfer.copy import CopyEngine, self_test
-from kvferry.transfer.layout import Layout, PoolSpec, UnknownLayout, read_layout
+from kvferry.transfer.copy import CopyEngine
+from kvferry.transfer.layout import Layout, UnknownLayout
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +47,7 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
     def __init__(self, llm_args: LlmArgs) -> None:
         super().__init__(llm_args)
         self._options = _options(llm_args)
-        self._store: Store | None = EMBEDDED.acquire(llm_args.engine_id, self._options)
+        self._store: Store | None = EMBEDDED.acquire(llm_args.engine_id, self._options, llm_args.runtime_dir)
         self._planner: Planner | None = None
 
     def wait_for_initialization(self) -> None:
@@ -54,24 +57,39 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
                 self._store,
                 geometry,
                 self._llm_args.kv_cache_config.tokens_per_block,
-                self._options.load_deadline_seconds,
+                self._options,
             )
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        return (self._planner.match(request, num_computed_tokens) if self._planner is not None else 0), False
+        if self._planner is None:
+            return 0, False
+        offer = self._planner.match(request, num_computed_tokens)
+        return offer.num_tokens, offer.is_async
 
     def update_state_after_alloc(self, request: Request, block_ids: list[int]) -> None:
+        self.update_state_after_alloc_by_layer_group(request, [block_ids])
+
+    def update_state_after_alloc_by_layer_group(
+        self, request: Request, block_ids_by_layer_group: list[list[int]]
+    ) -> None:
         if self._planner is not None:
-            self._planner.allocated(request, block_ids)
+            self._planner.allocated(request, block_ids_by_layer_group)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PassMetadata:
         return self._planner.plan(scheduler_output) if self._planner is not None else PassMetadata()
 
     def request_finished(self, request: Request, cache_block_ids: list[int]) -> bool:
-        """Nothing is under way between passes, so the engine may have the blocks back at once."""
+        """True if anything of the request was ever saved: its last copies may be under way."""
+        return self._planner is not None and self._planner.finished(request.request_id)
+
+    def request_finished_by_layer_group(
+        self, request: Request, cache_block_ids_by_layer_group: list[list[int]]
+    ) -> bool:
+        return self._planner is not None and self._planner.finished(request.request_id)
+
+    def cancel_load(self, request: Request, start: int, end: int) -> None:
         if self._planner is not None:
-            self._planner.finished(request.request_id)
-        return False
+            self._planner.cancel_load(request.request_id, start, end)
 
     def stats(self) -> Mapping[str, float]:
         """The store's counters and gauges and the planner's: `load_tokens_memory`, `load_tokens_disk`, ..."""
@@ -92,58 +110,71 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
     def __init__(self, llm_args: LlmArgs) -> None:
         super().__init__(llm_args)
         self._options = _options(llm_args)
-        self._store: Store | None = EMBEDDED.acquire(llm_args.engine_id, self._options)
+        self._store, self._close_store = open_for_rank(llm_args, self._options)
         self._mover: Mover | None = None
         self._loads: list[RequestJob] = []
         """The pass's loads that have not begun."""
+        self._async_loads: list[RequestJob] = []
+        """Those of them that are to run beside the passes."""
         self._loading: dict[int, int] = {}
-        """Job id to request id of the loads under way."""
+        """Job id to request id of the pass's loads under way."""
         self._stores: list[RequestJob] = []
         """The pass's saves that have not begun."""
         self._failed: set[int] = set()
         """Requests a load of which failed in this pass: nothing that it computes for them may be kept."""
         self._unreported: set[int] = set()
+        self._beside = _Beside()
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
+        """A pool in which all layers share block ids and keep every token. Errors as `register_kv_cache_layout`."""
+        layers = tuple(range(self._llm_args.num_layers))
+        self._register([(layers, None, read_pool(self._llm_args, kv_cache_tensor, len(layers)))])
+
+    def register_kv_cache_layout(self, layout: KvCacheLayout) -> None:
         """ConfigError: the arena is too small for one chunk."""
+        self._register(
+            [
+                (group.layer_ids, group.window_size, read_group(self._llm_args, group, position))
+                for position, group in enumerate(layout.groups)
+            ]
+        )
+
+    def _register(self, pools: Sequence[tuple[tuple[int, ...], int | None, Layout | UnknownLayout]]) -> None:
         if self._store is None:
             return
         name = identity(self._llm_args)
-        layout = self._known_layout(kv_cache_tensor)
+        unknown = [layout.reason for _, _, layout in pools if isinstance(layout, UnknownLayout)]
+        layers = sorted(layer for of_group, _, _ in pools for layer in of_group)
+        if layers != list(range(self._llm_args.num_layers)):
+            unknown.append(f"layers {layers} are registered of {self._llm_args.num_layers}")
         if name is None:
             logger.warning("KV is not kept beyond the engine's pool: the engine cannot name its model's weights")
-        elif isinstance(layout, UnknownLayout):
-            logger.warning("KV is not kept beyond the engine's pool: its layout is unknown: %s", layout.reason)
-        else:
-            chunk_tokens = self._options.chunk_tokens
-            geometry = single_group_geometry(
-                self._llm_args, name, layout.fingerprint(), layout.part_bytes(chunk_tokens), chunk_tokens
-            )
-            try:
-                self._store.register(self._llm_args.engine_id, self._llm_args.rank, geometry)
-            except ConfigError:  # There will be no engine, hence nobody to call `shutdown`.
-                self.shutdown()
-                raise
-            arena = self._store.mapping
-            engine = CopyEngine(layout, arena.buffer)
-            self._mover = Mover(self._store, arena, [engine], self._llm_args.rank)
-
-    def _known_layout(self, pool: torch.Tensor) -> Layout | UnknownLayout:
-        """The pool's layout, proved on the pool itself, which nobody uses yet."""
-        args = self._llm_args
-        if args.num_kv_heads % args.tensor_parallel_size:
-            return UnknownLayout(f"{args.num_kv_heads} heads on {args.tensor_parallel_size} ranks")
-        spec = PoolSpec(
-            num_layers=args.num_layers,
-            num_heads=args.num_kv_heads // args.tensor_parallel_size,
-            head_dim=args.head_dim,
-            tokens_per_block=args.kv_cache_config.tokens_per_block,
-            dtype=args.kv_dtype,
+            return
+        if unknown:
+            logger.warning("KV is not kept beyond the engine's pool: its layout is unknown: %s", unknown[0])
+            return
+        layouts = [layout for _, _, layout in pools if isinstance(layout, Layout)]
+        chunk_tokens = self._options.chunk_tokens
+        groups = [
+            PoolGroup(layers, window_tokens, layout.part_bytes(chunk_tokens), layout.fingerprint())
+            for (layers, window_tokens, _), layout in zip(pools, layouts, strict=True)
+        ]
+        try:
+            geometry = make_geometry(self._llm_args, name, chunk_tokens, groups)
+            self._store.store.register(self._llm_args.engine_id, self._llm_args.rank, geometry)
+        except StoreError as error:
+            logger.warning("KV is not kept beyond the engine's pool: %s", error)
+            return
+        except ConfigError:  # There will be no engine, hence nobody to call `shutdown`.
+            self.shutdown()
+            raise
+        self._mover = Mover(
+            self._store,
+            [CopyEngine(layout, self._store.arena.buffer) for layout in layouts],
+            self._llm_args.rank,
+            frozenset(index for index, group in enumerate(groups) if group.window_tokens is not None),
+            ready_seconds=self._options.load_deadline_seconds,
         )
-        layout = read_layout(pool, spec)
-        if isinstance(layout, Layout) and not self_test(layout):
-            return UnknownLayout("bytes written to the pool were not found where they should be")
-        return layout
 
     def bind_connector_meta(self, metadata: object) -> None:
         """The pass before may have broken off: what it left is given up before the next begins."""
@@ -151,9 +182,13 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         super().bind_connector_meta(metadata)
         assert isinstance(metadata, PassMetadata)
         self._loads = list(metadata.loads)
+        self._async_loads = list(metadata.async_loads)
         self._stores = list(metadata.stores)
         self._failed = set(metadata.lost_loads)
         self._unreported.update(self._failed)
+        if self._mover is not None:
+            for job_id in self._beside.load_jobs(metadata.cancelled_loads):
+                self._mover.cancel(job_id)
 
     def start_load_kv(self, stream: Any) -> None:
         if self._mover is not None:
@@ -161,6 +196,10 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
             for load in loads:
                 self._loading[load.job.job_id] = load.request_id
                 self._mover.begin_load(load.job, stream)
+            beside, self._async_loads = self._async_loads, []
+            for load in beside:
+                self._beside.loads[load.job.job_id] = load.request_id
+                self._mover.load_beside(load.job, stream)
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
         """All layers are awaited before the first: 83 MB take 11 ms on two idle cores, a twentieth of the pass."""
@@ -170,21 +209,28 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         """Saved at the end of the pass, all layers of a block in one copy."""
 
     def wait_for_save(self, stream: Any) -> None:
-        """Save what the pass completed, but nothing that it computed from a load that failed."""
+        """Begin to save what the pass completed, but nothing that it computed from a load that failed."""
         self._end_loads()
         if self._mover is not None:
             stores, self._stores = self._stores, []
             for store in stores:
                 if store.request_id in self._failed:
                     self._mover.give_up(store.job)
-            self._mover.save([store.job for store in stores if store.request_id not in self._failed], stream)
+            kept = [store for store in stores if store.request_id not in self._failed]
+            self._beside.saves.update((store.job.job_id, store.request_id) for store in kept)
+            self._mover.save([store.job for store in kept], stream)
         self._clear_connector_meta()
 
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
     ) -> tuple[list[int], list[int]]:
-        """Nothing is asynchronous, so nothing is ever offered."""
-        return [], []
+        """A load that was offered but never came here, as its pass broke off, has failed."""
+        self._give_up_async_loads()
+        if self._mover is not None:
+            self._beside.take_in(self._mover.take_ended())
+        saved, loaded, failed = self._beside.report(finished_gen_req_ids, started_loading_req_ids)
+        self._unreported.update(failed)
+        return saved, loaded
 
     def take_failed_loads(self) -> list[int]:
         failed, self._unreported = list(self._unreported), set()
@@ -200,7 +246,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
             self._mover.close()
             self._mover = None
         self._store = None
-        EMBEDDED.release(self._llm_args.engine_id)
+        self._close_store()
 
     def _end_loads(self) -> None:
         """Wait for the pass's loads; those that were never begun have failed."""
@@ -214,10 +260,57 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         self._failed |= failed
         self._unreported |= failed
 
+    def _give_up_async_loads(self) -> None:
+        """End the loads that a pass should have begun. What is not in `_beside` is reported as failed once offered."""
+        loads, self._async_loads = self._async_loads, []
+        if self._mover is not None:
+            for load in loads:
+                self._mover.give_up(load.job)
+
     def _give_up_pass(self) -> None:
         """End the jobs of a pass that never came to its end."""
         self._end_loads()
+        self._give_up_async_loads()
         if self._mover is not None:
             for store in self._stores:
                 self._mover.give_up(store.job)
         self._stores = []
+
+
+class _Beside:
+    """The requests of a worker's jobs that run beside the passes, and what the engine is to be told of them.
+
+    loads, saves: job id to request id of the jobs under way.
+    """
+
+    def __init__(self) -> None:
+        self.loads: dict[int, int] = {}
+        self.saves: dict[int, int] = {}
+        self._offered_loads: set[int] = set()
+        self._offered_saves: set[int] = set()
+        self._loaded: dict[int, bool] = {}
+
+    def load_jobs(self, request_ids: Collection[int]) -> list[int]:
+        """The loads under way of these requests."""
+        return [job_id for job_id, request_id in self.loads.items() if request_id in request_ids]
+
+    def take_in(self, ended: Mapping[int, bool]) -> None:
+        """Jobs that ended, and whether well."""
+        for job_id, ok in ended.items():
+            request_id = self.loads.pop(job_id, None)
+            if request_id is not None:
+                self._loaded[request_id] = ok
+            self.saves.pop(job_id, None)
+
+    def report(self, finished: Collection[int], started: Collection[int]) -> tuple[list[int], list[int], list[int]]:
+        """What to report of the requests offered now and earlier: saved, loaded, and which of the loaded failed."""
+        self._offered_saves.update(finished)
+        self._offered_loads.update(started)
+        if not (self._offered_saves or self._offered_loads):
+            return [], [], []
+        saving, loading = set(self.saves.values()), set(self.loads.values())
+        saved = sorted(self._offered_saves - saving)
+        loaded = sorted(self._offered_loads - loading)
+        self._offered_saves &= saving
+        self._offered_loads &= loading
+        return saved, loaded, [request_id for request_id in loaded if not self._loaded.pop(request_id, False)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvferry.blocks import Geometry, GroupKind, GroupSpec
 from kvferry.connector.config import LlmArgs
@@ -38,18 +40,33 @@ def identity(llm_args: LlmArgs) -> str | None:
     return json.dumps(fields, sort_keys=True)
 
 
-def single_group_geometry(
-    llm_args: LlmArgs, name: str, fingerprint: str, part_bytes: int, chunk_tokens: int
-) -> Geometry:
-    """The geometry of a pool in which all layers share block ids.
+@dataclass(frozen=True, slots=True)
+class PoolGroup:
+    """One layer group's pool on one rank. window_tokens: None where every token is kept. fingerprint: names the order
+    of bytes in a part."""
 
-    Such a pool keeps every token of every layer, so the group is a full one even where some layers attend to a window.
-    """
-    group = GroupSpec(GroupKind.FULL, tuple(range(llm_args.num_layers)), part_bytes)
+    layers: tuple[int, ...]
+    window_tokens: int | None
+    part_bytes: int
+    fingerprint: str
+
+
+def make_geometry(llm_args: LlmArgs, name: str, chunk_tokens: int, groups: Sequence[PoolGroup]) -> Geometry:
+    """The geometry of these pools. A pool that keeps every token of every layer is a full group, even where some of its
+    layers attend to a window."""
+    specs = tuple(
+        GroupSpec(
+            GroupKind.FULL if group.window_tokens is None else GroupKind.WINDOW,
+            group.layers,
+            group.part_bytes,
+            group.window_tokens,
+        )
+        for group in groups
+    )
     return Geometry(
         identity=name,
-        layout=fingerprint,
+        layout="|".join(group.fingerprint for group in groups),
         chunk_tokens=chunk_tokens,
         num_ranks=llm_args.tensor_parallel_size,
-        groups=(group,),
+        groups=specs,
     )

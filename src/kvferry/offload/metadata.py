@@ -17,10 +17,14 @@ class PartCopy(msgspec.Struct, frozen=True):
 
 
 class CopyJob(msgspec.Struct, frozen=True):
-    """The copies of one of the store's jobs. Each rank copies its slots and tells the store that it is done."""
+    """The copies of one of the store's jobs. Each rank copies its slots and tells the store that it is done.
+
+    ready: false where lower tiers still fill the slots; their headers say when they have.
+    """
 
     job_id: int
     parts: list[PartCopy]
+    ready: bool = True
 
 
 class RequestJob(msgspec.Struct, frozen=True):
@@ -31,8 +35,15 @@ class RequestJob(msgspec.Struct, frozen=True):
 
 
 class PassMetadata(msgspec.Struct, frozen=True):
-    """The jobs of one pass. lost_loads: requests whose load was promised but cannot be made any more: failed loads."""
+    """The jobs of one pass.
+
+    loads: to be done before the pass computes. async_loads: their requests are not in the batch until they are done.
+    lost_loads: requests whose load was promised but cannot be made any more: failed loads. cancelled_loads: requests
+    whose asynchronous load nobody waits for any longer.
+    """
 
     loads: list[RequestJob] = msgspec.field(default_factory=list)
+    async_loads: list[RequestJob] = msgspec.field(default_factory=list)
     stores: list[RequestJob] = msgspec.field(default_factory=list)
     lost_loads: list[int] = msgspec.field(default_factory=list)
+    cancelled_loads: list[int] = msgspec.field(default_factory=list)

@@ -1,77 +1,162 @@
 """Copies the bytes of jobs between the engine's pool and the arena, and tells the store how each job ended.
 
-Knows jobs, slots and blocks; never a request, a token or a key. Called from the thread that runs the forward pass.
+Loads of a pass, and what must be saved within it, run in the calling thread, which runs the forward pass; loads of
+requests that are not in the batch, and saves of blocks that outlive the pass, run in the background.
+
+Knows jobs, slots and blocks; never a request, a token or a key.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from kvferry.observability.metrics import Meter
+from kvferry.offload.background import Background, Readiness, Task
 from kvferry.offload.metadata import CopyJob
-from kvferry.store.arena import Arena
-from kvferry.store.base import BlockStore
-from kvferry.transfer.copy import Copy, CopyEngine
+from kvferry.store.arena import COMMITTED, Arena
+from kvferry.transfer.copy import Copy, CopyEngine, SideStream
 from kvferry.transfer.plan import Direction, PartBlocks
 
 logger = logging.getLogger(__name__)
 
 
+class JobEnds(Protocol):
+    """What a mover needs of a `BlockStore`, which may be in another process."""
+
+    def done(self, job_id: int, rank: int, ok: bool) -> None: ...
+
+
+class ArenaStore(Protocol):
+    """A store and this process's mapping of its arena."""
+
+    @property
+    def store(self) -> JobEnds: ...
+
+    @property
+    def arena(self) -> Arena: ...
+
+
 class Mover:
     """One rank's copies. `engines[group]` copies between that group's pool and the arena.
+
+    passing_groups: those whose blocks the engine takes back while their request runs, so that they are saved within the
+    pass. ready_seconds: how long a load waits for lower tiers.
 
     Every job that is given here ends with one `done`: ok only if all its bytes were copied while all its slots were
     still its own.
     """
 
-    def __init__(self, store: BlockStore, arena: Arena, engines: Sequence[CopyEngine], rank: int) -> None:
+    def __init__(
+        self,
+        store: ArenaStore,
+        engines: Sequence[CopyEngine],
+        rank: int,
+        passing_groups: frozenset[int] = frozenset(),
+        ready_seconds: float = 2.0,
+    ) -> None:
         self.meter = Meter()
-        self._store = store
-        self._arena = arena
+        self._store = store.store
+        self._arena = store.arena
         self._engines = engines
         self._rank = rank
+        self._passing_groups = passing_groups
+        self._ready_seconds = ready_seconds
+        self._side = SideStream(engines[0].device)
+        self._background = Background(f"kvferry-mover-{rank}")
+        self._groups = frozenset(range(len(engines)))
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
+
+    # -- within the pass ---------------------------------------------------------------------------------------------
 
     def begin_load(self, job: CopyJob, stream: Any) -> None:
         """Start copying into the pool; `end_loads` waits for it."""
-        self._loading[job.job_id] = job, self._submit(Direction.TO_POOL, job, stream)
+        self._loading[job.job_id] = job, self._submit(Direction.TO_POOL, job, self._groups, stream)
 
     def end_loads(self) -> list[int]:
         """Wait for all loads begun; returns the ids of those whose blocks hold garbage."""
         loading, self._loading = self._loading, {}
         return [job.job_id for job, copies in loading.values() if not self._end(job, copies)]
 
-    def save(self, jobs: Sequence[CopyJob], stream: Any) -> None:
-        """Copy out of the pool, after the work that `stream` was given; returns when all is copied."""
-        begun = [(job, self._submit(Direction.FROM_POOL, job, stream)) for job in jobs]
-        for job, copies in begun:
-            self._end(job, copies)
-
     def give_up(self, job: CopyJob) -> None:
         """End a job without copying: its blocks hold nothing worth keeping, or nobody waits for them any more."""
         self._store.done(job.job_id, self._rank, ok=False)
 
+    # -- beside the passes; `take_ended` reports each job once -------------------------------------------------------
+
+    def load_beside(self, job: CopyJob, stream: Any) -> None:
+        """Copy into the pool once the slots are filled, after the work that `stream` was given so far."""
+        mark = self._side.mark(stream)
+        task = Task(job.job_id, partial(self._run, Direction.TO_POOL, job, mark))
+        if job.ready:
+            self._background.submit(task)
+        else:
+            self._background.wait_for(task, lambda: self._readiness(job), self._ready_seconds)
+
+    def save(self, jobs: Sequence[CopyJob], stream: Any) -> None:
+        """Copy out of the pool, after the work that `stream` was given so far. What passing groups have is copied when
+        this returns; the blocks of the others must stay as they are until `take_ended` reports the job."""
+        begun = [
+            (job, self._submit(Direction.FROM_POOL, job, self._passing_groups, stream) if self._passing_groups else [])
+            for job in jobs
+        ]
+        mark = self._side.mark(stream)
+        for job, copies in begun:
+            task = Task(job.job_id, partial(self._run, Direction.FROM_POOL, job, mark))
+            self._background.submit(task, wanted=copies is not None and self._finish(copies))
+
+    def cancel(self, job_id: int) -> None:
+        """A load beside the passes is not needed: it ends at once, unless its copies have begun."""
+        self._background.cancel(job_id)
+
+    def take_ended(self) -> dict[int, bool]:
+        """Ids of jobs beside the passes that ended since the last call, and whether every byte was copied."""
+        return self._background.take_ended()
+
     def close(self) -> None:
-        """End loads under way, then the copying threads."""
+        """End loads under way, then what runs beside the passes, then the copying threads."""
         self.end_loads()
+        self._background.close()
         for engine in self._engines:
             engine.close()
 
-    def _submit(self, direction: Direction, job: CopyJob, stream: Any) -> list[Copy] | None:
-        """The job's copies under way; None: they cannot be made."""
+    def _run(self, direction: Direction, job: CopyJob, mark: Any, wanted: bool) -> bool:
+        """A task's body, in the background's thread."""
+        copies = None
+        if wanted:
+            self._side.follow(mark)
+            groups = self._groups - self._passing_groups if direction is Direction.FROM_POOL else self._groups
+            copies = self._submit(direction, job, groups, self._side.stream)
+            self._side.finish()
+        return self._end(job, copies)
+
+    def _readiness(self, job: CopyJob) -> Readiness:
+        """What the headers of this rank's slots say of the lower tiers' work."""
+        for part in job.parts:
+            state = self._arena.state_of(part.slots[self._rank])
+            if state is None:
+                return Readiness.NEVER
+            if state != COMMITTED:
+                return Readiness.NOT_YET
+        return Readiness.READY
+
+    # -- copies ------------------------------------------------------------------------------------------------------
+
+    def _submit(self, direction: Direction, job: CopyJob, groups: frozenset[int], stream: Any) -> list[Copy] | None:
+        """The copies of a job's parts of these groups under way; None: they cannot be made."""
         if not self._holds(job):
             return None
         copies = []
         try:
-            for group, engine in enumerate(self._engines):
+            for group in sorted(groups):
                 parts = [
                     PartBlocks(part.slots[self._rank].offset, part.first_block, part.block_ids)
                     for part in job.parts
                     if part.group == group
                 ]
-                copies.append(engine.submit(direction, parts, stream))
+                copies.append(self._engines[group].submit(direction, parts, stream))
         except Exception:  # the job's boundary: whatever went wrong, the job has failed and the pass goes on
             self.meter.add("jobs_failed")
             logger.warning("a copy could not be made; its tokens are computed instead", exc_info=True)

@@ -6,7 +6,8 @@ A request's way through here:
 
     match      asked, before allocation      in _matched, perhaps with a leased load that waits for its blocks
     allocated  the engine took the match     in _running
-    plan       first pass                    the load goes to the movers, who end its lease
+    plan       next pass, or the first one   the load goes to the movers, who end its lease; an asynchronous one goes at
+                                             once, and the request's first pass comes when it has ended
     plan       every pass                    chunks that the pass completes go to the movers
     finished   at any point                  whatever is still leased is given back
 
@@ -19,7 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvferry.blocks import Geometry, Job, Part, Tier
+from kvferry.blocks import Geometry, GroupKind, Job, Part, Tier
+from kvferry.config import StoreOptions
 from kvferry.connector.api import NO_BLOCK, Request, RequestData, SchedulerOutput
 from kvferry.observability.metrics import Meter
 from kvferry.offload.metadata import CopyJob, PartCopy, PassMetadata, RequestJob
@@ -32,36 +34,59 @@ _MOST_TRIES = 4
 _MOST_UNALLOCATED = 1024
 """Requests that were matched and never heard of again are forgotten, the oldest first, beyond this many."""
 
+BlockIds = Sequence[Sequence[int]]
+"""A request's blocks in the order of its tokens, one list a layer group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What can be loaded after the tokens that the pool has. is_async: the request is to wait outside the batch."""
+
+    num_tokens: int = 0
+    is_async: bool = False
+
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """A leased load of tokens `start` to `end`, whose bytes are in memory. tiers[i]: where chunk i was found."""
+    """A leased load of tokens `start` to `end`. tiers[i]: where chunk i was found."""
 
     job: Job
     start: int
     end: int
     tiers: tuple[Tier, ...]
+    is_async: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
 
 
 @dataclass(slots=True)
 class _Tracked:
-    """What is known of a request. num_chunks: full chunks that were already offered to the store."""
+    """What is known of a request.
 
+    load: leased, and not with the movers yet. under_way: the asynchronous load that is with them, until the first pass.
+    num_chunks: full chunks that were already offered to the store. saves: whether the movers were ever given any.
+    """
+
+    request: Request
     chain: KeyChain
     load: _Load | None = None
-    block_ids: list[int] = field(default_factory=list)
+    under_way: _Load | None = None
+    block_ids: list[list[int]] = field(default_factory=list)
     num_chunks: int = 0
+    saves: bool = False
 
 
 class Planner:
-    """Plans for one engine. `load_deadline_seconds` bounds how long `match` waits for lower tiers."""
+    """Plans for one engine. From `options` it takes what they say of loads."""
 
     def __init__(
         self,
         store: BlockStore,
         geometry: Geometry,
         tokens_per_block: int,
-        load_deadline_seconds: float,
+        options: StoreOptions,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert geometry.chunk_tokens % tokens_per_block == 0
@@ -71,63 +96,87 @@ class Planner:
         self._root = root_key(geometry)
         self._tokens_per_block = tokens_per_block
         self._blocks_per_chunk = geometry.chunk_tokens // tokens_per_block
-        self._load_deadline_seconds = load_deadline_seconds
+        self._chunk_bytes = sum(group.part_bytes for group in geometry.groups)
+        self._has_windows = any(group.kind is not GroupKind.FULL for group in geometry.groups)
+        self._options = options
         self._clock = clock
         self._matched: dict[int, _Tracked] = {}
         self._running: dict[int, _Tracked] = {}
+        self._begun: list[int] = []
+        """Requests whose asynchronous load goes to the movers with the next pass."""
         self._lost_loads: list[int] = []
+        self._cancelled: list[int] = []
 
-    def match(self, request: Request, num_computed_tokens: int) -> int:
-        """How many tokens after the first `num_computed_tokens` are in memory, verified and leased for this request."""
+    def match(self, request: Request, num_computed_tokens: int) -> Offer:
+        """What of this request after the first `num_computed_tokens` is leased for it."""
         self._forget(request.request_id)
         while len(self._matched) >= _MOST_UNALLOCATED:
             self._forget(next(iter(self._matched)))
         extras = Extras(cache_salt=request.cache_salt, lora_id=request.lora_id)
         chain = KeyChain(self._root, self._geometry.chunk_tokens, extras)
         chain.extend(request.get_tokens(0))
-        tracked = self._matched[request.request_id] = _Tracked(chain)
+        tracked = self._matched[request.request_id] = _Tracked(request, chain)
         if num_computed_tokens % self._tokens_per_block == 0:  # the API has no name for part of a block
             tracked.load = self._lease(chain, num_computed_tokens)
-        return tracked.load.end - tracked.load.start if tracked.load else 0
+        return Offer(tracked.load.num_tokens, tracked.load.is_async) if tracked.load else Offer()
 
-    def allocated(self, request: Request, block_ids: Sequence[int]) -> None:
+    def allocated(self, request: Request, block_ids: BlockIds) -> None:
         """The engine took the match (or a match of nothing), and these are the prompt's blocks."""
         num_taken = request.num_connector_matched_tokens
         tracked = self._matched.pop(request.request_id, None)
         if tracked is not None:
-            tracked.block_ids = list(block_ids)
+            tracked.block_ids = [list(of_group) for of_group in block_ids]
             self._running[request.request_id] = tracked
             load = tracked.load
-            if load is not None and num_taken != load.end - load.start:
+            if load is not None and num_taken != load.num_tokens:
                 self._store.cancel(load.job.job_id)
                 tracked.load = None
+            elif load is not None and load.is_async:
+                self._begun.append(request.request_id)
         if num_taken and (tracked is None or tracked.load is None):
             self._lost_loads.append(request.request_id)
 
     def plan(self, output: SchedulerOutput) -> PassMetadata:
         """The jobs of the coming pass."""
-        metadata = PassMetadata(lost_loads=self._lost_loads)
-        self._lost_loads = []
+        metadata = PassMetadata(lost_loads=self._lost_loads, cancelled_loads=self._cancelled)
+        self._lost_loads, self._cancelled = [], []
+        self._plan_async_loads(metadata)
         for data in output.new_requests:
             tracked = self._running.get(data.request_id)
             if tracked is not None:
-                tracked.block_ids = list(data.new_block_ids)
+                tracked.block_ids = _blocks_of(data)
                 tracked.chain.extend(data.new_tokens[tracked.chain.num_tokens :])
                 num_loaded = self._plan_load(data, tracked, metadata)
                 self._plan_store(data, tracked, data.computed_position + num_loaded, metadata)
         for data in output.cached_requests:
             tracked = self._running.get(data.request_id)
             if tracked is not None:
-                tracked.block_ids += data.new_block_ids
+                for known, added in zip(tracked.block_ids, _blocks_of(data), strict=True):
+                    known.extend(added)
                 tracked.chain.extend(data.new_tokens)
                 self._plan_store(data, tracked, data.computed_position, metadata)
         return metadata
 
-    def finished(self, request_id: int) -> None:
-        """The request ended, wherever it was."""
+    def cancel_load(self, request_id: int, start: int, end: int) -> None:
+        """Nobody wants tokens `start` to `end` loaded any more. A load of more than those goes on."""
+        tracked = self._running.get(request_id)
+        load = (tracked.load or tracked.under_way) if tracked is not None else None
+        if tracked is None or load is None or start > load.start or end < load.end:
+            return
+        if tracked.load is not None:
+            self._store.cancel(load.job.job_id)
+            tracked.load = None
+            self._lost_loads.append(request_id)
+        else:
+            self._cancelled.append(request_id)
+
+    def finished(self, request_id: int) -> bool:
+        """The request ended, wherever it was. True: the movers may still be saving its blocks."""
+        tracked = self._running.get(request_id)
         self._forget(request_id)
         if request_id in self._lost_loads:
             self._lost_loads.remove(request_id)
+        return tracked is not None and tracked.saves
 
     def close(self) -> None:
         """Give back every lease."""
@@ -143,16 +192,20 @@ class Planner:
     # -- loads -------------------------------------------------------------------------------------------------------
 
     def _lease(self, chain: KeyChain, start: int) -> _Load | None:
-        """A lease on the longest stored prefix beyond `start`, once its bytes are in memory.
+        """A lease on the longest stored prefix beyond `start`: one that may still be on its way into memory if its
+        request is to wait outside the batch, else one whose bytes are in memory.
 
         The last token is left to the engine, which needs its logits; with it goes its block, since loads are whole
-        blocks. Past the deadline only what already lies in memory counts.
+        blocks. Where a group has a window, its parts are those of a boundary between chunks, so the load ends at one.
+        Past the deadline only what already lies in memory counts.
         """
-        last = (chain.num_tokens - 1) // self._tokens_per_block * self._tokens_per_block
+        size = self._geometry.chunk_tokens if self._has_windows else self._tokens_per_block
+        last = (chain.num_tokens - 1) // size * size
         chunk_tokens = self._geometry.chunk_tokens
-        deadline = self._clock() + self._load_deadline_seconds
+        deadline = self._clock() + self._options.load_deadline_seconds
+        num_usable = -(-last // chunk_tokens)
         for _ in range(_MOST_TRIES):
-            match = self._store.match(self._geometry, chain.keys)
+            match = self._store.match(self._geometry, chain.keys[:num_usable])
             num_chunks = match.num_chunks
             if self._clock() >= deadline:
                 near = [tier is Tier.MEMORY for tier in match.tiers]
@@ -162,9 +215,21 @@ class Planner:
                 return None
             num_chunks = -(-end // chunk_tokens)
             job = self._store.begin_load(self._geometry, chain.keys[:num_chunks], start // chunk_tokens)
-            if job is not None and (job.ready or self._is_ready_by(job.job_id, deadline)):
-                return _Load(job, start, end, match.tiers)
+            if job is not None:
+                is_async = self._leaves_batch(job, end - start)
+                if job.ready or is_async or self._is_ready_by(job.job_id, deadline):
+                    return _Load(job, start, end, match.tiers, is_async)
         return None
+
+    def _leaves_batch(self, job: Job, num_tokens: int) -> bool:
+        """Whether a load is long enough for the request to wait for it outside the batch."""
+        match self._options.async_load:
+            case "always":
+                return True
+            case "never":
+                return False
+        num_bytes = num_tokens * self._chunk_bytes // self._geometry.chunk_tokens
+        return not job.ready or num_bytes >= self._options.async_load_bytes
 
     def _is_ready_by(self, job_id: int, deadline: float) -> bool:
         """Wait for lower tiers. False: they failed, which ended the job, or it was given up at the deadline."""
@@ -181,8 +246,25 @@ class Planner:
                 self._store.cancel(job_id)
                 return False
 
+    def _plan_async_loads(self, metadata: PassMetadata) -> None:
+        """Hand the leases of loads beside the passes to the movers."""
+        if self._options.async_load != "never":
+            self._store.poll()  # The movers see for themselves what is ready; answers are not to pile up.
+        begun, self._begun = self._begun, []
+        for request_id in begun:
+            tracked = self._running.get(request_id)
+            if tracked is None or tracked.load is None:
+                continue
+            tracked.under_way, tracked.load = tracked.load, None
+            self._order_load(request_id, tracked.under_way, tracked.block_ids, metadata)
+
     def _plan_load(self, data: RequestData, tracked: _Tracked, metadata: PassMetadata) -> int:
-        """Hand the request's lease to the movers; returns the tokens that they will load."""
+        """Hand the request's lease to the movers; returns the tokens that they will load, or have loaded."""
+        if tracked.under_way is not None:
+            ended, tracked.under_way = tracked.under_way, None
+            # The engine takes its word back if the load failed, and computes those tokens.
+            has_loaded = tracked.request.num_connector_matched_tokens == ended.num_tokens
+            return ended.num_tokens if has_loaded and data.computed_position == ended.start else 0
         load, tracked.load = tracked.load, None
         if load is None:
             return 0
@@ -191,18 +273,31 @@ class Planner:
             self._store.cancel(load.job.job_id)
             metadata.lost_loads.append(data.request_id)
             return 0
-        metadata.loads.append(RequestJob(data.request_id, self._load_copies(load, tracked.block_ids)))
-        self._count(load)
-        return load.end - load.start
+        return load.num_tokens if self._order_load(data.request_id, load, tracked.block_ids, metadata) else 0
 
-    def _load_copies(self, load: _Load, block_ids: list[int]) -> CopyJob:
-        first, last = load.start // self._tokens_per_block, load.end // self._tokens_per_block
-        parts = []
-        for part in load.job.parts:
-            chunk_start = part.chunk * self._blocks_per_chunk
-            begin, end = max(first, chunk_start), min(last, chunk_start + self._blocks_per_chunk)
-            parts.append(PartCopy(part.group, part.slots, begin - chunk_start, block_ids[begin:end]))
-        return CopyJob(load.job.job_id, parts)
+    def _order_load(self, request_id: int, load: _Load, block_ids: BlockIds, metadata: PassMetadata) -> bool:
+        """Put a load into the pass's metadata. False: a block that it needs does not exist, so it is lost."""
+        parts = [copy for part in load.job.parts if (copy := self._load_copy(part, load, block_ids)).block_ids]
+        if any(NO_BLOCK in part.block_ids for part in parts):
+            self._store.cancel(load.job.job_id)
+            metadata.lost_loads.append(request_id)
+            return False
+        orders = metadata.async_loads if load.is_async else metadata.loads
+        orders.append(RequestJob(request_id, CopyJob(load.job.job_id, parts, load.job.ready)))
+        self._count(load)
+        return True
+
+    def _load_copy(self, part: Part, load: _Load, block_ids: BlockIds) -> PartCopy:
+        chunk_start = part.chunk * self._blocks_per_chunk
+        first = max(load.start // self._tokens_per_block, self._first_live_block(part.group, load.end))
+        begin = max(first, chunk_start)
+        end = min(load.end // self._tokens_per_block, chunk_start + self._blocks_per_chunk)
+        return PartCopy(part.group, part.slots, begin - chunk_start, list(block_ids[part.group][begin:end]))
+
+    def _first_live_block(self, group: int, position: int) -> int:
+        """The first block of a group that the token at `position` attends to; a window counts the token itself."""
+        window_tokens = self._geometry.groups[group].window_tokens
+        return 0 if window_tokens is None else max(0, position - window_tokens + 1) // self._tokens_per_block
 
     def _count(self, load: _Load) -> None:
         """Tokens loaded, by the tier on which the match found their chunk."""
@@ -228,18 +323,47 @@ class Planner:
         num_chunks = end // chunk_tokens
         if data.request_id in metadata.lost_loads or num_chunks <= tracked.num_chunks:
             return
-        is_complete = end <= tracked.chain.num_tokens and num_chunks * self._blocks_per_chunk <= len(tracked.block_ids)
-        if not is_complete or NO_BLOCK in tracked.block_ids:
+        if end > tracked.chain.num_tokens or not self._are_followed(tracked.block_ids, num_chunks):
             # A pass was missed, or blocks are of a kind that we do not know: which KV is where would be a guess.
             self.meter.add("requests_not_followed")
             self._forget(data.request_id)
             return
         tracked.num_chunks = num_chunks
-        job = self._store.begin_store(self._geometry, tracked.chain.keys[:num_chunks], 0)
-        if job is not None:
-            parts = [self._store_copy(part, tracked.block_ids) for part in job.parts]
-            metadata.stores.append(RequestJob(data.request_id, CopyJob(job.job_id, parts)))
+        first_chunk = self._first_whole_chunk(tracked.block_ids, computed)
+        boundaries = [num_chunks]
+        if self._has_windows and tracked.chain.num_tokens == num_chunks * chunk_tokens:
+            # The same prompt again goes on one chunk earlier, as its last token is always computed.
+            boundaries.insert(0, num_chunks - 1)
+        for boundary in boundaries:
+            job = self._store.begin_store(self._geometry, tracked.chain.keys[:boundary], first_chunk)
+            if job is not None:
+                tracked.saves = True
+                parts = [self._store_copy(part, tracked.block_ids) for part in job.parts]
+                metadata.stores.append(RequestJob(data.request_id, CopyJob(job.job_id, parts)))
 
-    def _store_copy(self, part: Part, block_ids: list[int]) -> PartCopy:
+    def _are_followed(self, block_ids: BlockIds, num_chunks: int) -> bool:
+        """Whether the blocks of these chunks are known. Only a window leaves blocks behind."""
+        return all(
+            num_chunks * self._blocks_per_chunk <= len(of_group)
+            and (group.kind is not GroupKind.FULL or NO_BLOCK not in of_group)
+            for group, of_group in zip(self._geometry.groups, block_ids, strict=True)
+        )
+
+    def _first_whole_chunk(self, block_ids: BlockIds, computed: int) -> int:
+        """The first chunk of which every group has all blocks: the engine takes those behind a window back."""
+        first_block = 0
+        for group, of_group in enumerate(block_ids):
+            if self._geometry.groups[group].kind is not GroupKind.FULL:
+                last_gone = max((index for index, block in enumerate(of_group) if block == NO_BLOCK), default=-1)
+                first_block = max(first_block, last_gone + 1, self._first_live_block(group, computed))
+        return -(-first_block // self._blocks_per_chunk)
+
+    def _store_copy(self, part: Part, block_ids: BlockIds) -> PartCopy:
         start = part.chunk * self._blocks_per_chunk
-        return PartCopy(part.group, part.slots, 0, block_ids[start : start + self._blocks_per_chunk])
+        of_chunk = list(block_ids[part.group][start : start + self._blocks_per_chunk])
+        return PartCopy(part.group, part.slots, 0, of_chunk)
+
+
+def _blocks_of(data: RequestData) -> list[list[int]]:
+    """A host of one layer group may give the flat list alone."""
+    return [list(of_group) for of_group in data.new_block_ids_by_layer_group or [data.new_block_ids]]

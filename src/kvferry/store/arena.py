@@ -44,6 +44,7 @@ _SLOT_HEADER = struct.Struct("<QQQHHHxx16s32s32s16x")
 _HEADER_BYTES: Final = 128
 _STATE_OFFSET: Final = 8
 _STATE = struct.Struct("<Q")
+_GENERATION_AND_STATE = struct.Struct("<QQ")
 assert _SLOT_HEADER.size == _HEADER_BYTES
 _MADV_POPULATE_WRITE: Final = 23
 _CREATE_ATTEMPTS: Final = 16
@@ -217,6 +218,17 @@ class Arena:
         """
         at = self._header_offset(slot.offset)
         return at is not None and _STATE.unpack_from(self.buffer, at)[0] == slot.generation
+
+    def state_of(self, slot: Slot) -> int | None:
+        """FREE, RESERVED or COMMITTED, as shared memory says now; None: the slot keeps another part, or none.
+
+        A process that only maps the arena sees by it that a promotion from a lower tier has ended.
+        """
+        at = self._header_offset(slot.offset)
+        if at is None:
+            return None
+        generation, state = _GENERATION_AND_STATE.unpack_from(self.buffer, at)
+        return int(state) if generation == slot.generation else None
 
     def close(self) -> None:
         """Unmap, and as the owner remove the file. Memory that tensors or views still use lives as long as they.

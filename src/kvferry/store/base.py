@@ -94,7 +94,8 @@ class BlockStore(Protocol):
 
     def done(self, job_id: int, rank: int, ok: bool) -> None:
         """A rank's copies of a job have ended. The last rank ends the job: a load's leases return; a store's parts
-        are committed if every rank said ok, else dropped. Unknown ids are counted and ignored."""
+        are committed if every rank said ok, else dropped. A load may be given up (not ok) while lower tiers still
+        work on it. Unknown ids are counted and ignored."""
 
     def cancel(self, job_id: int) -> None:
         """Give up a job that no rank was told of. Unknown ids are counted and ignored."""

@@ -211,8 +211,9 @@ class Store:
     def done(self, job_id: int, rank: int, ok: bool) -> None:
         """See `BlockStore.done`."""
         with self._lock:
+            self._expire()
             lease = self._leases.find(job_id)
-            if lease is None or rank not in lease.ranks or lease.awaited:
+            if lease is None or rank not in lease.ranks or (ok and lease.awaited):
                 self._meter.add("unknown_jobs")
                 return
             lease.ranks.discard(rank)

@@ -19,9 +19,9 @@ import torch
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
 from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker
 from kvferry.connector.config import LlmArgs
-from kvferry.connector.layout import describe_pools
 from kvferry.connector.manager import Finished, KvCacheConnectorManager
-from kvferry.engine.groups import GroupedBlocks, LayerGroup
+from kvferry.engine.groups import GroupedBlocks, LayerGroup, group_layers
+from kvferry.engine.kv_pool import KV_FACTOR, KvPool, KvShape
 from kvferry.engine.outputs import FinishReason
 from kvferry.engine.sampling import SamplingParams
 from kvferry.engine.scheduler import Limits, Scheduler
@@ -71,8 +71,9 @@ def expected_kv(tokens: Sequence[int], salt: str | None, weights: str | None) ->
 
 
 class FakeEngine:
-    """One rank. AssertionError from `step`: a pass read wrong bytes although no load of it was reported as failed, or
-    a hook raised.
+    """One rank, whose layers are grouped by `args.sliding_windows`.
+
+    AssertionError from `step`: a pass read wrong bytes although no load of it was reported as failed, or a hook raised.
 
     before_pass: called when a pass's metadata is bound and nothing is loaded yet; tests put faults there.
     """
@@ -86,21 +87,22 @@ class FakeEngine:
         device: str = "cpu",
     ) -> None:
         self.args = args
-        self.pool = torch.zeros(num_blocks, NUM_LAYERS, 2, NUM_HEADS * TOKENS_PER_BLOCK * HEAD_DIM, device=device)
-        group = LayerGroup(tuple(range(NUM_LAYERS)))
-        worker.register_kv_cache_layout(describe_pools(TOKENS_PER_BLOCK, [(group.layers, None, self.pool)]))
+        shape = KvShape(NUM_LAYERS, NUM_HEADS, HEAD_DIM, torch.float32)
+        groups = group_layers(args.sliding_windows or (None,) * NUM_LAYERS)
+        self.pool = KvPool(shape, groups, num_blocks, TOKENS_PER_BLOCK, torch.device(device))
+        worker.register_kv_cache_layout(self.pool.layout)
         scheduler = make_scheduler(args)
         scheduler.wait_for_initialization()
         self.manager = KvCacheConnectorManager(args, worker, scheduler)
-        self.blocks = GroupedBlocks(
-            [group], num_blocks, TOKENS_PER_BLOCK, enable_reuse=args.kv_cache_config.enable_block_reuse
-        )
+        enable_reuse = args.kv_cache_config.enable_block_reuse
+        self.blocks = GroupedBlocks(groups, num_blocks, TOKENS_PER_BLOCK, enable_reuse=enable_reuse)
         limits = Limits(args.max_batch_size, args.max_num_tokens, enable_chunked_prefill=True)
         self.scheduler = Scheduler(self.blocks, limits, self.manager)
         self.before_pass: Callable[[], None] = lambda: None
         self.num_failed_loads = 0
         self.is_shut_down = False
         self._sequences: dict[int, EngineSequence] = {}
+        self._spoiled: set[int] = set()
         self._ids = itertools.count()
 
     def add(self, prompt: Sequence[int], max_tokens: int = 1, salt: str | None = None) -> EngineSequence:
@@ -112,11 +114,17 @@ class FakeEngine:
         return sequence
 
     def run(self, prompt: Sequence[int], max_tokens: int = 1, salt: str | None = None) -> EngineSequence:
-        """One request, to its end."""
+        """One request, to its end and that of its saves."""
         sequence = self.add(prompt, max_tokens, salt)
         while not sequence.is_finished:
             self.step()
+        self.settle()
         return sequence
+
+    def settle(self) -> None:
+        """Go on until no load or save is under way."""
+        while self.scheduler.has_transfers:
+            self.step()
 
     def abort(self, sequence: EngineSequence) -> None:
         """End a request in whatever state it is."""
@@ -127,8 +135,9 @@ class FakeEngine:
         plan = self.scheduler.schedule()
         wrong: set[int] = set()
         drawn: dict[int, int] = {}
-        for data in plan.output.new_requests:
-            self._spoil(data.request_id)
+        for sequence in self._sequences.values():
+            if sequence.block_ids and sequence.request_id not in self._spoiled:
+                self._spoil(sequence)
         if plan.tell_connector:
             self.manager.exchange_metadata(plan.output)
             self.before_pass()
@@ -155,10 +164,11 @@ class FakeEngine:
         self.manager.shutdown()
         assert not self.manager.num_errors, self.manager.num_errors
 
-    def _spoil(self, request_id: int) -> None:
+    def _spoil(self, sequence: EngineSequence) -> None:
         """A new request's blocks beyond the pool's hit may still hold the right bytes from an earlier one: not here."""
-        sequence = self._sequences[request_id]
-        self.pool[sequence.block_ids[0][sequence.num_pool_tokens // TOKENS_PER_BLOCK :]] = _GARBAGE
+        self._spoiled.add(sequence.request_id)
+        for pool, held in zip(self.pool.tensors, sequence.block_ids, strict=True):
+            pool[held[sequence.num_pool_tokens // TOKENS_PER_BLOCK :]] = _GARBAGE
 
     def _compute(self, batch: Batch, drawn: dict[int, int]) -> set[int]:
         """Fill in the batch's KV and draw tokens; returns the requests whose past is not what it must be."""
@@ -166,22 +176,35 @@ class FakeEngine:
         for piece in batch.slices:
             sequence = self._sequences[piece.request_id]
             kv = expected_kv(sequence.tokens[: piece.end], sequence.cache_salt, self.args.model_identity)
-            rows = self._read(piece)
-            if not np.array_equal(rows[: piece.start], kv[: piece.start]):
+            if not all(self._sees(index, group, piece, kv) for index, group in enumerate(self.pool.groups)):
                 wrong.add(piece.request_id)
-            rows[piece.start : piece.end] = _GARBAGE if piece.request_id in wrong else kv[piece.start :]
-            self._write(piece, rows)
+            fresh = np.full_like(kv, _GARBAGE) if piece.request_id in wrong else kv
+            for index, group in enumerate(self.pool.groups):
+                self._write(index, group, piece, fresh)
             if piece.draws:
                 drawn[piece.request_id] = int(kv[-1, 0, 0, 0, 0]) % VOCABULARY
         return wrong
 
-    def _read(self, piece: Slice) -> Kv:
-        """What the slice's blocks hold, shape `[tokens, layers, 2, heads, head_dim]`."""
-        pages = self.pool[piece.block_ids[0]].view(-1, NUM_LAYERS, 2, NUM_HEADS, TOKENS_PER_BLOCK, HEAD_DIM)
-        rows: Kv = pages.permute(0, 4, 1, 2, 3, 5).reshape(-1, NUM_LAYERS, 2, NUM_HEADS, HEAD_DIM).cpu().numpy()
-        return rows
+    def _sees(self, index: int, group: LayerGroup, piece: Slice, kv: Kv) -> bool:
+        """Whether what the slice's tokens attend to in a group is as it must be."""
+        first_block, rows = self._read(index, group, piece)
+        first = 0 if group.window_tokens is None else max(0, piece.start - group.window_tokens + 1)
+        past = rows[first - first_block * TOKENS_PER_BLOCK : piece.start - first_block * TOKENS_PER_BLOCK]
+        return np.array_equal(past, kv[first : piece.start, list(group.layers)])
 
-    def _write(self, piece: Slice, rows: Kv) -> None:
-        pages = torch.from_numpy(rows).view(-1, TOKENS_PER_BLOCK, NUM_LAYERS, 2, NUM_HEADS, HEAD_DIM)
-        written = pages.permute(0, 2, 3, 4, 1, 5).reshape(len(piece.block_ids[0]), NUM_LAYERS, 2, -1)
-        self.pool[piece.block_ids[0]] = written.to(self.pool.device)
+    def _read(self, index: int, group: LayerGroup, piece: Slice) -> tuple[int, Kv]:
+        """The first block that the slice needs, and what blocks from it on hold: `[tokens, layers, 2, heads, dim]`."""
+        first_block = group.first_needed_block(piece.start, TOKENS_PER_BLOCK)
+        held = piece.block_ids[index][first_block:]
+        shape = (-1, len(group.layers), KV_FACTOR, NUM_HEADS, TOKENS_PER_BLOCK, HEAD_DIM)
+        pages = self.pool.tensors[index][held].view(shape).permute(0, 4, 1, 2, 3, 5)
+        rows: Kv = pages.reshape(-1, *pages.shape[2:]).cpu().numpy()
+        return first_block, rows
+
+    def _write(self, index: int, group: LayerGroup, piece: Slice, fresh: Kv) -> None:
+        first_block, rows = self._read(index, group, piece)
+        first = first_block * TOKENS_PER_BLOCK
+        rows[piece.start - first : piece.end - first] = fresh[piece.start : piece.end, list(group.layers)]
+        held = piece.block_ids[index][first_block:]
+        pages = torch.from_numpy(rows).view(-1, TOKENS_PER_BLOCK, *rows.shape[1:]).permute(0, 2, 3, 4, 1, 5)
+        self.pool.tensors[index][held] = pages.reshape(len(held), len(group.layers), KV_FACTOR, -1).to(self.pool.device)

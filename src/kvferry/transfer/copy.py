@@ -39,8 +39,35 @@ class Copy:
             share.result()
 
 
+class SideStream:
+    """Where copies run that outlast a pass. On a CPU there are no streams: what was called has happened."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream: Any = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def mark(self, stream: Any) -> Any:
+        """The work that `stream` was given so far, for `follow`."""
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return event
+
+    def follow(self, mark: Any) -> None:
+        """What this stream is given from now on comes after `mark`."""
+        if self.stream is not None:
+            self.stream.wait_event(mark)
+
+    def finish(self) -> None:
+        """Return when all that this stream was given is done."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+
 class CopyEngine:
-    """Copies between one pool and one arena. Used from one thread at a time."""
+    """Copies between one pool and one arena. Thread-safe, except for `close`."""
 
     def __init__(self, layout: Layout, arena: memoryview) -> None:
         assert not arena.readonly
@@ -57,6 +84,10 @@ class CopyEngine:
         num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         self._num_threads = num_threads
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kvferry-copy")
+
+    @property
+    def device(self) -> torch.device:
+        return self._layout.pool.device
 
     def submit(self, direction: Direction, parts: Sequence[PartBlocks], stream: Any) -> Copy:
         """Begin to copy. From the pool: after the work that `stream` was given so far. To the pool: before the work

@@ -1,0 +1,132 @@
+"""One thread that runs jobs beside the forward passes, and waits for those that are not ready. Knows no copy.
+
+submit   queued; the thread runs it when its turn comes
+wait_for kept aside until `is_ready` says yes or no, or its deadline comes, then run or given up
+cancel   one that is still kept aside is given up
+take_ended   what has ended since the last call, and how
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+READY_POLL_SECONDS = 0.002
+"""How often jobs that wait are looked at. A look costs some microseconds of the interpreter, which passes need too."""
+
+
+logger = logging.getLogger(__name__)
+
+
+class Readiness(enum.Enum):
+    """Whether a job can run."""
+
+    READY = "ready"
+    NOT_YET = "not yet"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A job in the background. `run(True)` does it, `run(False)` gives it up; the answer: whether it is done well."""
+
+    job_id: int
+    run: Callable[[bool], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    task: Task
+    readiness: Callable[[], Readiness]
+    deadline: float
+
+
+class Background:
+    """Runs tasks in the order in which they can run. Thread-safe. The thread starts with the first task."""
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name = name
+        self._clock = clock
+        self._runnable: deque[tuple[Task, bool]] = deque()
+        self._waiting: dict[int, _Waiting] = {}
+        self._ended: dict[int, bool] = {}
+        self._work = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, task: Task, *, wanted: bool = True) -> None:
+        """Run a task when its turn comes, or give it up then."""
+        with self._work:
+            self._runnable.append((task, wanted))
+            self._wake()
+
+    def wait_for(self, task: Task, readiness: Callable[[], Readiness], timeout_seconds: float) -> None:
+        """Run a task once it is ready; give it up if it never will be or is not within `timeout_seconds`."""
+        with self._work:
+            self._waiting[task.job_id] = _Waiting(task, readiness, self._clock() + timeout_seconds)
+            self._wake()
+
+    def cancel(self, job_id: int) -> None:
+        """Give up a task that is still being waited for. One that runs, runs to its end."""
+        with self._work:
+            waiting = self._waiting.pop(job_id, None)
+            if waiting is not None:
+                self._runnable.append((waiting.task, False))
+                self._wake()
+
+    def take_ended(self) -> dict[int, bool]:
+        """Job ids that ended since the last call, and whether well."""
+        if not self._ended:
+            return {}
+        with self._work:
+            ended, self._ended = self._ended, {}
+        return ended
+
+    def close(self) -> None:
+        """Give up what is waited for, run the rest, end the thread."""
+        with self._work:
+            self._closed = True
+            self._runnable.extend((waiting.task, False) for waiting in self._waiting.values())
+            self._waiting.clear()
+            self._work.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _wake(self) -> None:
+        assert not self._closed, "nothing is submitted after close"
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+            self._thread.start()
+        self._work.notify()
+
+    def _serve(self) -> None:
+        while True:
+            with self._work:
+                while not self._runnable:
+                    if self._closed:
+                        return
+                    self._work.wait(READY_POLL_SECONDS if self._waiting else None)
+                    self._look()
+                task, wanted = self._runnable.popleft()
+            try:
+                ok = task.run(wanted)
+            except Exception:  # the thread boundary
+                logger.exception("a job beside the passes broke off")
+                ok = False
+            with self._work:
+                self._ended[task.job_id] = ok
+
+    def _look(self) -> None:
+        """Move those that wait no longer."""
+        now = self._clock()
+        for job_id, waiting in list(self._waiting.items()):
+            readiness = waiting.readiness()
+            if readiness is Readiness.NOT_YET and now < waiting.deadline:
+                continue
+            del self._waiting[job_id]
+            self._runnable.append((waiting.task, readiness is Readiness.READY))

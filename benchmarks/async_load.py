@@ -1,0 +1,117 @@
+"""What a batch of 16 requests that decode loses while one more loads its KV from a slow disk.
+
+One batch decodes throughout. Each round counts its tokens for as long as a load takes, and then for as long without
+one; reading each part from disk takes 200 ms longer than it does. What counts is the median of the rounds' shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, SamplingParams
+from kvferry.cli.demo import DEFAULT_MODEL
+from kvferry.offload import embedded
+from kvferry.store.disk import DiskStore
+from kvferry.testing.faults import FaultyByteStore
+
+BATCH, LOAD_TOKENS, LATENCY_SECONDS = 16, 1025, 0.2
+MOST_LOST = 0.03
+BLOCK, CHUNK = 32, 64
+
+
+class Counter:
+    """Notes when one request of a batch grew: a step is one token for each."""
+
+    def __init__(self, handle: Any) -> None:
+        self._stamps: list[tuple[float, int]] = []
+        self._thread = threading.Thread(target=self._note, args=(handle,))
+        self._thread.start()
+
+    def _note(self, handle: Any) -> None:
+        for output in handle:
+            self._stamps.append((time.perf_counter(), len(output.token_ids)))
+
+    def rate(self, start: float, end: float) -> float:
+        """Steps a second between the first and the last that fall into this time."""
+        (first, num_first), *_, (last, num_last) = [stamp for stamp in self._stamps if start <= stamp[0] <= end]
+        return (num_last - num_first) / (last - first)
+
+    def join(self) -> None:
+        self._thread.join()
+
+
+def document(number: int) -> list[int]:
+    return random.Random(number).choices(range(1000, 30_000), k=LOAD_TOKENS)
+
+
+def open_engine(model: str, connector: KvCacheConnectorConfig) -> LLM:
+    cache = KvCacheConfig(tokens_per_block=BLOCK, max_tokens=20_000, enable_block_reuse=False)
+    return LLM(model, kv_cache_config=cache, kv_connector_config=connector, max_batch_size=BATCH + 1)
+
+
+def wait_for_transfers(llm: LLM, number: int) -> float:
+    assert llm.connector_manager is not None
+    while llm.connector_manager.num_in_flight != number:
+        time.sleep(0.002)
+    return time.perf_counter()
+
+
+def loading(model: str, disk: str, num_rounds: int) -> list[float]:
+    """Each round's rate while a load is under way, as a share of the rate without."""
+    options = {"chunk_tokens": CHUNK, "l1_size_gb": 2.0, "disk_path": disk, "load_deadline_seconds": 30.0}
+    connector = KvCacheConnectorConfig(connector="kvferry", options=options)
+    with open_engine(model, connector) as llm:
+        for number in range(num_rounds):
+            llm.generate(document(number), SamplingParams(max_tokens=1))
+    backends: list[FaultyByteStore] = []
+    embedded.DiskStore = lambda *given: backends.append(FaultyByteStore(DiskStore(*given))) or backends[-1]  # type: ignore
+    shares = []
+    with open_engine(model, connector) as llm:
+        backends[-1].latency_seconds = LATENCY_SECONDS
+        params = SamplingParams(max_tokens=900, ignore_eos=True)
+        batch = [llm.generate_async(document(number)[:64], params) for number in range(1000, 1000 + BATCH)]
+        counter = Counter(batch[0])
+        while not all(len(handle.output.token_ids) > 4 for handle in batch):
+            time.sleep(0.01)
+        for number in range(num_rounds):
+            load = llm.generate_async(document(number), SamplingParams(max_tokens=1))
+            start = wait_for_transfers(llm, 1)
+            end = wait_for_transfers(llm, 0)
+            assert load.result().metrics.num_connector_tokens == LOAD_TOKENS - 1
+            wait_for_transfers(llm, 0)
+            alone = time.perf_counter()
+            time.sleep(end - start)
+            shares.append(counter.rate(start, end) / counter.rate(alone, alone + end - start))
+        for handle in batch:
+            handle.abort()
+        counter.join()
+    return shares
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kvferry-async-") as disk:
+        shares = loading(arguments.model, disk, arguments.rounds)
+    lost = 1 - statistics.median(shares)
+    result = json.dumps({"shares": shares, "lost": lost})
+    print(result)
+    if arguments.json:
+        arguments.json.write_text(result + "\n", encoding="utf-8")
+    print(f"token rate lost while a request loads: {lost:.1%} (bar {MOST_LOST:.0%})")
+    return 0 if lost <= MOST_LOST else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,12 +1,13 @@
 """What a batch of 16 requests that decode loses while one more loads its KV from a slow disk.
 
-One batch decodes throughout. Each round counts its tokens for as long as a load takes, and then for as long without
-one; reading each part from disk takes 200 ms longer than it does. What counts is the median of the rounds' shares.
+One batch decodes throughout. Each round times its steps during a load and beside it, before and after in turn; reading
+each part from disk takes 200 ms longer than it does. What counts is the median step of all rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -25,6 +26,8 @@ from kvferry.testing.faults import FaultyByteStore
 BATCH, LOAD_TOKENS, LATENCY_SECONDS = 16, 1025, 0.2
 MOST_LOST = 0.03
 BLOCK, CHUNK = 32, 64
+ALONE_SECONDS = LOAD_TOKENS // CHUNK / 2 * LATENCY_SECONDS
+"""As long as a load, which two threads read."""
 
 
 class Counter:
@@ -39,10 +42,16 @@ class Counter:
         for output in handle:
             self._stamps.append((time.perf_counter(), len(output.token_ids)))
 
-    def rate(self, start: float, end: float) -> float:
-        """Steps a second between the first and the last that fall into this time."""
-        (first, num_first), *_, (last, num_last) = [stamp for stamp in self._stamps if start <= stamp[0] <= end]
-        return (num_last - num_first) / (last - first)
+    def steps(self, start: float, end: float) -> list[float]:
+        """Seconds of the steps that fall into this time."""
+        within = [stamp for stamp in self._stamps if start <= stamp[0] <= end]
+        return [(later - earlier) / (more - less) for (earlier, less), (later, more) in itertools.pairwise(within)]
+
+    def steps_of(self, seconds: float) -> list[float]:
+        """The same for the coming time."""
+        start = time.perf_counter()
+        time.sleep(seconds)
+        return self.steps(start, start + seconds)
 
     def join(self) -> None:
         self._thread.join()
@@ -64,16 +73,21 @@ def wait_for_transfers(llm: LLM, number: int) -> float:
     return time.perf_counter()
 
 
-def loading(model: str, disk: str, num_rounds: int) -> list[float]:
-    """Each round's rate while a load is under way, as a share of the rate without."""
+def measure(model: str, disk: str, num_rounds: int) -> dict[str, list[float]]:
+    """Seconds of the steps while a load is under way, and without."""
     options = {"chunk_tokens": CHUNK, "l1_size_gb": 2.0, "disk_path": disk, "load_deadline_seconds": 30.0}
     connector = KvCacheConnectorConfig(connector="kvferry", options=options)
     with open_engine(model, connector) as llm:
         for number in range(num_rounds):
             llm.generate(document(number), SamplingParams(max_tokens=1))
     backends: list[FaultyByteStore] = []
-    embedded.DiskStore = lambda *given: backends.append(FaultyByteStore(DiskStore(*given))) or backends[-1]  # type: ignore
-    shares = []
+
+    def slow_disk(folder: str, num_bytes: int) -> FaultyByteStore:
+        backends.append(FaultyByteStore(DiskStore(folder, num_bytes)))
+        return backends[-1]
+
+    setattr(embedded, "DiskStore", slow_disk)  # noqa: B010 - in the place of a class
+    steps: dict[str, list[float]] = {"loading": [], "alone": []}
     with open_engine(model, connector) as llm:
         backends[-1].latency_seconds = LATENCY_SECONDS
         params = SamplingParams(max_tokens=900, ignore_eos=True)
@@ -82,33 +96,34 @@ def loading(model: str, disk: str, num_rounds: int) -> list[float]:
         while not all(len(handle.output.token_ids) > 4 for handle in batch):
             time.sleep(0.01)
         for number in range(num_rounds):
+            if number % 2:
+                steps["alone"] += counter.steps_of(ALONE_SECONDS)
             load = llm.generate_async(document(number), SamplingParams(max_tokens=1))
             start = wait_for_transfers(llm, 1)
-            end = wait_for_transfers(llm, 0)
+            steps["loading"] += counter.steps(start, wait_for_transfers(llm, 0))
             assert load.result().metrics.num_connector_tokens == LOAD_TOKENS - 1
             wait_for_transfers(llm, 0)
-            alone = time.perf_counter()
-            time.sleep(end - start)
-            shares.append(counter.rate(start, end) / counter.rate(alone, alone + end - start))
+            if not number % 2:
+                steps["alone"] += counter.steps_of(ALONE_SECONDS)
         for handle in batch:
             handle.abort()
         counter.join()
-    return shares
+    return steps
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kvferry-async-") as disk:
-        shares = loading(arguments.model, disk, arguments.rounds)
-    lost = 1 - statistics.median(shares)
-    result = json.dumps({"shares": shares, "lost": lost})
-    print(result)
+        steps = measure(arguments.model, disk, arguments.rounds)
+    medians = {name: statistics.median(of_name) for name, of_name in steps.items()}
+    lost = 1 - medians["alone"] / medians["loading"]
     if arguments.json:
-        arguments.json.write_text(result + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps({"step_seconds": steps, "lost": lost}) + "\n", encoding="utf-8")
+    print(f"{len(steps['loading'])} and {len(steps['alone'])} steps, median seconds: {medians}")
     print(f"token rate lost while a request loads: {lost:.1%} (bar {MOST_LOST:.0%})")
     return 0 if lost <= MOST_LOST else 1
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import statistics
 import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, SamplingParams
@@ -26,6 +24,7 @@ from kvferry.testing.faults import FaultyByteStore
 BATCH, LOAD_TOKENS, LATENCY_SECONDS = 16, 1025, 0.2
 MOST_LOST = 0.03
 BLOCK, CHUNK = 32, 64
+PARAMS = SamplingParams(max_tokens=900, ignore_eos=True)
 ALONE_SECONDS = LOAD_TOKENS // CHUNK / 2 * LATENCY_SECONDS
 """As long as a load, which two threads read."""
 
@@ -35,8 +34,8 @@ class Counter:
 
     def __init__(self, handle: Any) -> None:
         self._stamps: list[tuple[float, int]] = []
-        self._thread = threading.Thread(target=self._note, args=(handle,))
-        self._thread.start()
+        self.thread = threading.Thread(target=self._note, args=(handle,))
+        self.thread.start()
 
     def _note(self, handle: Any) -> None:
         for output in handle:
@@ -52,9 +51,6 @@ class Counter:
         start = time.perf_counter()
         time.sleep(seconds)
         return self.steps(start, start + seconds)
-
-    def join(self) -> None:
-        self._thread.join()
 
 
 def document(number: int) -> list[int]:
@@ -90,24 +86,20 @@ def measure(model: str, disk: str, num_rounds: int) -> dict[str, list[float]]:
     steps: dict[str, list[float]] = {"loading": [], "alone": []}
     with open_engine(model, connector) as llm:
         backends[-1].latency_seconds = LATENCY_SECONDS
-        params = SamplingParams(max_tokens=900, ignore_eos=True)
-        batch = [llm.generate_async(document(number)[:64], params) for number in range(1000, 1000 + BATCH)]
+            batch = [llm.generate_async(document(number)[:64], PARAMS) for number in range(1000, 1000 + BATCH)]
         counter = Counter(batch[0])
-        while not all(len(handle.output.token_ids) > 4 for handle in batch):
-            time.sleep(0.01)
+        counter.steps_of(5.0)
         for number in range(num_rounds):
-            if number % 2:
-                steps["alone"] += counter.steps_of(ALONE_SECONDS)
+            steps["alone"] += counter.steps_of(ALONE_SECONDS if number % 2 else 0.0)
             load = llm.generate_async(document(number), SamplingParams(max_tokens=1))
             start = wait_for_transfers(llm, 1)
             steps["loading"] += counter.steps(start, wait_for_transfers(llm, 0))
             assert load.result().metrics.num_connector_tokens == LOAD_TOKENS - 1
             wait_for_transfers(llm, 0)
-            if not number % 2:
-                steps["alone"] += counter.steps_of(ALONE_SECONDS)
+            steps["alone"] += counter.steps_of(0.0 if number % 2 else ALONE_SECONDS)
         for handle in batch:
             handle.abort()
-        counter.join()
+        counter.thread.join()
     return steps
 
 
@@ -115,15 +107,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kvferry-async-") as disk:
         steps = measure(arguments.model, disk, arguments.rounds)
     medians = {name: statistics.median(of_name) for name, of_name in steps.items()}
     lost = 1 - medians["alone"] / medians["loading"]
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"step_seconds": steps, "lost": lost}) + "\n", encoding="utf-8")
-    print(f"{len(steps['loading'])} and {len(steps['alone'])} steps, median seconds: {medians}")
+    print(f"median seconds of {len(steps['loading'])} and {len(steps['alone'])} steps: {medians}")
     print(f"token rate lost while a request loads: {lost:.1%} (bar {MOST_LOST:.0%})")
     return 0 if lost <= MOST_LOST else 1
 

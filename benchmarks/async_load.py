@@ -86,7 +86,7 @@ def measure(model: str, disk: str, num_rounds: int) -> dict[str, list[float]]:
     steps: dict[str, list[float]] = {"loading": [], "alone": []}
     with open_engine(model, connector) as llm:
         backends[-1].latency_seconds = LATENCY_SECONDS
-            batch = [llm.generate_async(document(number)[:64], PARAMS) for number in range(1000, 1000 + BATCH)]
+        batch = [llm.generate_async(document(number)[:64], PARAMS) for number in range(1000, 1000 + BATCH)]
         counter = Counter(batch[0])
         counter.steps_of(5.0)
         for number in range(num_rounds):

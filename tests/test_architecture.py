@@ -50,7 +50,13 @@ OPTIONS = {
         "close_deadline_seconds",
         "log_level",
     ],
-    "KvCacheConfig": ["tokens_per_block", "max_tokens", "enable_block_reuse"],
+    "KvCacheConfig": [
+        "tokens_per_block",
+        "max_tokens",
+        "enable_block_reuse",
+        "max_loading_share",
+        "transfer_deadline_seconds",
+    ],
     "KvCacheConnectorConfig": [
         "connector",
         "connector_module",

@@ -80,7 +80,4 @@ def _window_units(group: GroupRule, unit_tokens: int) -> int:
 
 
 def _leading(units: Sequence[bool], limit: int) -> int:
-    for index in range(limit):
-        if not units[index]:
-            return index
-    return limit
+    return next((index for index, has in enumerate(units[:limit]) if not has), limit)

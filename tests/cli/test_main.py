@@ -86,3 +86,20 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "argv"), [("rich", ["demo"]), ("torch", ["generate", "m", "-p", "x"]), ("transformers", ["demo"])]
+)
+def test_a_missing_extra_is_one_line_that_says_what_to_install(package: str, argv: list[str], tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+from kvferry.cli import main
+sys.exit(main({argv!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "pip install" in done.stderr
+    assert package in done.stderr
+    assert done.stderr.count("\n") == 1

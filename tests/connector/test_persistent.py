@@ -175,6 +175,25 @@ def test_a_block_after_other_tokens_is_another_block(tmp_path: Path) -> None:
     assert Run(llm_args(tmp_path)).prefill(other, [0, 1, 2]) == (0, [])
 
 
+def test_a_match_that_is_not_taken_is_not_loaded(tmp_path: Path) -> None:
+    request = FakeRequest(list(range(9)))
+    Run(llm_args(tmp_path)).prefill(request, [0, 1, 2])
+    later, declined = Run(llm_args(tmp_path)), FakeRequest(request.tokens)
+    assert later.scheduler.get_num_new_matched_tokens(declined, 0) == (8, False)
+    later.scheduler.update_state_after_alloc(declined, [3, 4, 5])
+    plan = later.scheduler.build_connector_meta(SchedulerOutput([RequestData(1, request.tokens, [3, 4, 5], 0, 9)]))
+    assert plan.loads == []
+    assert [save.block_id for save in plan.saves] == [3, 4]
+
+
+def test_a_hit_needs_the_files_of_all_ranks(tmp_path: Path) -> None:
+    tokens = list(range(9))
+    ranks = [llm_args(tmp_path, tensor_parallel_size=2, rank=rank) for rank in (0, 1)]
+    for args, matched in ((ranks[0], 0), (ranks[1], 0), (ranks[0], 8)):
+        assert Run(args).prefill(FakeRequest(tokens), [0, 1, 2]) == (matched, [])
+    assert Run(llm_args(tmp_path)).prefill(FakeRequest(tokens), [0, 1, 2]) == (0, [])
+
+
 def test_weights_without_a_name_keep_nothing(tmp_path: Path) -> None:
     run = Run(llm_args(tmp_path, model_identity=None))
     assert run.prefill(FakeRequest(list(range(9))), [0, 1, 2]) == (0, [])
@@ -233,6 +252,7 @@ def test_a_file_that_vanished_since_the_match_is_a_failed_load(tmp_path: Path) -
     Run(llm_args(tmp_path)).prefill(request, [0, 1, 2])
     later = Run(llm_args(tmp_path))
     matched, _ = later.scheduler.get_num_new_matched_tokens(request, 0)
+    request.num_connector_matched_tokens = matched
     assert matched == 8
     for path in files(tmp_path):
         path.unlink()

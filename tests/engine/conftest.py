@@ -26,17 +26,22 @@ def llama(models: dict[str, Path]) -> str:
 
 
 @pytest.fixture(scope="session")
-def reference() -> Callable[[str, list[int], int], list[int]]:
-    """transformers' own greedy generation: (model, prompt, max_tokens) to new tokens."""
+def reference() -> Callable[..., list[int]]:
+    """transformers' own greedy generation: (model, prompt, max_tokens, ignore_eos=False) to new tokens."""
     loaded: dict[str, torch.nn.Module] = {}
 
-    def generate(model: str, prompt: list[int], max_tokens: int) -> list[int]:
+    def generate(model: str, prompt: list[int], max_tokens: int, ignore_eos: bool = False) -> list[int]:
         if model not in loaded:
             loaded[model] = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         ids = torch.tensor([prompt])
         with torch.inference_mode():
             out = loaded[model].generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                **({"eos_token_id": -1} if ignore_eos else {}),
             )
         return out[0, len(prompt) :].tolist()
 

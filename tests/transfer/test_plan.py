@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.transfer.plan import Direction, PartBlocks, Plan, Strides, plan_copies
+from kvferry.transfer.plan import Direction, PartBlocks, Plan, Strides, block_rows, plan_copies
 
 BLOCKS_PER_PART = 4
 NUM_BLOCKS = 16
@@ -57,6 +57,10 @@ def naive(scene: Scene, direction: Direction) -> set[tuple[int, int]]:
     return moves
 
 
+def plan_of(parts: Sequence[PartBlocks], strides: Strides, direction: Direction, layers: range | None = None) -> Plan:
+    return plan_copies(block_rows(parts, strides.num_layers * strides.layer_bytes), strides, direction, layers)
+
+
 def bytes_of(plan: Plan) -> list[tuple[int, int]]:
     triples = zip(plan.sources.tolist(), plan.destinations.tolist(), plan.sizes.tolist(), strict=True)
     return [(source + i, destination + i) for source, destination, size in triples for i in range(size)]
@@ -66,7 +70,7 @@ def bytes_of(plan: Plan) -> list[tuple[int, int]]:
 def test_a_plan_moves_each_byte_once_and_shares_are_the_plan(
     scene: Scene, direction: Direction, num_shares: int
 ) -> None:
-    plan = plan_copies(*scene[:2], direction, scene[2])
+    plan = plan_of(*scene[:2], direction, scene[2])
     moved = bytes_of(plan)
     assert len(moved) == len(set(moved)) == plan.num_bytes
     assert set(moved) == naive(scene, direction)
@@ -81,7 +85,7 @@ def test_a_plan_moves_each_byte_once_and_shares_are_the_plan(
 
 @given(scene=scenes(), direction=st.sampled_from(Direction))
 def test_no_two_copies_could_have_been_one(scene: Scene, direction: Direction) -> None:
-    plan = plan_copies(*scene[:2], direction, scene[2])
+    plan = plan_of(*scene[:2], direction, scene[2])
     joins_source = plan.sources[1:] == plan.sources[:-1] + plan.sizes[:-1]
     joins_destination = plan.destinations[1:] == plan.destinations[:-1] + plan.sizes[:-1]
     assert not (joins_source & joins_destination).any()
@@ -90,16 +94,16 @@ def test_no_two_copies_could_have_been_one(scene: Scene, direction: Direction) -
 def test_neighbouring_blocks_and_slots_are_one_copy() -> None:
     strides = Strides(arena_base=0, pool_base=1 << 20, block_stride_bytes=60, num_layers=3, layer_bytes=20)
     parts = [PartBlocks(240 * i, 0, range(4 * i, 4 * i + 4)) for i in range(3)]
-    plan = plan_copies(parts, strides, Direction.FROM_POOL)
+    plan = plan_of(parts, strides, Direction.FROM_POOL)
     assert plan.sizes.tolist() == [720]
-    assert len(plan_copies(parts, strides, Direction.FROM_POOL, range(1)).sizes) == 12
+    assert len(plan_of(parts, strides, Direction.FROM_POOL, range(1)).sizes) == 12
 
 
 def test_addresses_above_the_signed_range_of_32_bits_stay_exact() -> None:
     strides = Strides(
         arena_base=0x7F00_0000_0000, pool_base=0x7E00_0000_0000, block_stride_bytes=1 << 30, num_layers=1, layer_bytes=8
     )
-    plan = plan_copies([PartBlocks(1 << 40, 0, [3])], strides, Direction.TO_POOL)
+    plan = plan_of([PartBlocks(1 << 40, 0, [3])], strides, Direction.TO_POOL)
     assert plan.sources.dtype == np.uint64
     assert plan.sources.tolist() == [0x7F00_0000_0000 + (1 << 40)]
     assert plan.destinations.tolist() == [0x7E00_0000_0000 + 3 * (1 << 30)]
@@ -108,4 +112,4 @@ def test_addresses_above_the_signed_range_of_32_bits_stay_exact() -> None:
 def test_a_block_that_does_not_exist_is_never_an_address() -> None:
     strides = Strides(arena_base=0, pool_base=0, block_stride_bytes=8, num_layers=1, layer_bytes=8)
     with pytest.raises(AssertionError):
-        plan_copies([PartBlocks(0, 0, [1, -1])], strides, Direction.TO_POOL)
+        plan_of([PartBlocks(0, 0, [1, -1])], strides, Direction.TO_POOL)

@@ -26,9 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
-    except (KVFerryError, ImportError) as error:
+    except KVFerryError as error:
         print(f"kvferry {arguments.command}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, ValueError | ImportError) else EXIT_FAILED
+    except ImportError as error:  # an extra is not installed; kvferry's own errors say which
+        hint = ": pip install 'kvferry[engine,demo]'" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"kvferry {arguments.command}: {error}{hint}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except BrokenPipeError:
         # The reader has gone. Python would complain again when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

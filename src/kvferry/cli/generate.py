@@ -47,15 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Stream one completion."""
-    from transformers.utils.logging import disable_progress_bar
-
     from kvferry import LLM, SamplingParams
     from kvferry.config import load_options
     from kvferry.observability.log import set_level
 
     set_level(load_options().log_level)
     if not sys.stderr.isatty():
-        disable_progress_bar()
+        _hide_progress()
     params = SamplingParams(
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
@@ -71,6 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
         output = _stream(llm, _chat(llm, prompt) if arguments.chat else prompt, params)
     print(_summary(output), file=sys.stderr)
     return 0
+
+
+def _hide_progress() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -178,13 +178,14 @@ class KvCacheConnectorManager:
         """Leader: ask what can be loaded beyond the pool's `num_computed_tokens`. Nonsense is answered as nothing."""
         assert self.scheduler is not None
         scheduler = self.scheduler
-        answer = self._call(
+        asked = self._call(
             "get_num_new_matched_tokens",
-            lambda: scheduler.get_num_new_matched_tokens(request, num_computed_tokens),
+            lambda: (scheduler.get_num_new_matched_tokens(request, num_computed_tokens),),
             request.request_id,
         )
-        if answer is None:
+        if asked is None:
             return LoadDecision()
+        (answer,) = asked
         complaint = self._complaint(answer, len(request.get_tokens(0)), num_computed_tokens)
         if complaint is not None:
             self.complain("get_num_new_matched_tokens", complaint, request.request_id)

@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker, Request, SchedulerOutput
+from kvferry.connector.api import (
+    NO_BLOCK,
+    KvCacheConnectorScheduler,
+    KvCacheConnectorWorker,
+    Request,
+    SchedulerOutput,
+)
 from kvferry.connector.config import LlmArgs
 from kvferry.errors import ConfigError
 
@@ -95,7 +101,10 @@ class PersistentConnectorScheduler(KvCacheConnectorScheduler):
         return len(tracked.matched) * self._block_tokens, False  # False: loaded within the pass, not beside it
 
     def update_state_after_alloc(self, request: Request, block_ids: list[int]) -> None:
-        """The match was taken: now it is known where its blocks go. They are loaded in the request's first pass."""
+        """The prompt has its blocks, which the first pass tells as well. If the match was not taken, forget it."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is not None and request.num_connector_matched_tokens == 0:
+            tracked.matched = range(0)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PassPlan:
         """Loads for the requests that start in this pass, and saves of all blocks that are full after it."""
@@ -126,7 +135,8 @@ class PersistentConnectorScheduler(KvCacheConnectorScheduler):
         """Plan to save the full blocks that hold tokens `start` to `end`. What the folder has, the worker skips."""
         tracked = self._requests[request_id]
         for i in range(start // self._block_tokens, end // self._block_tokens):
-            plan.saves.append(Copy(request_id, tracked.names[i], tracked.block_ids[i]))
+            if tracked.block_ids[i] != NO_BLOCK:  # a sliding window has passed it
+                plan.saves.append(Copy(request_id, tracked.names[i], tracked.block_ids[i]))
 
     def request_finished(self, request: Request, cache_block_ids: list[int]) -> bool:
         """Forget the request. False: saves end within their pass, so its blocks are free at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ class Adapters:
         if lora_id in self._loaded:
             return
         try:
-            self._model.load_adapter(str(Path(folder).expanduser()), adapter_name=lora_id)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # several are the point
+                self._model.load_adapter(str(Path(folder).expanduser()), adapter_name=lora_id)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise RequestError(f"the LoRA adapter {folder} cannot be loaded: {error}") from error
         self._loaded.add(lora_id)

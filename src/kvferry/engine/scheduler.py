@@ -164,7 +164,7 @@ class Scheduler:
                 draws=end == len(sequence.tokens),
             )
         )
-        if self._manager is not None:
+        if self._manager is not None and sequence.uses_connector:
             self._tell(plan.output, sequence, num_tokens)
         return num_tokens
 
@@ -255,17 +255,18 @@ class Scheduler:
         """Give a sequence the blocks of its prompt and ask the connector for the rest; true if it must load first."""
         sequence.num_pool_tokens = matched.num_blocks * self._blocks.tokens_per_block
         decision = LoadDecision()
-        if self._manager is not None and sequence.may_load:
-            decision = self._manager.match(sequence, sequence.num_pool_tokens)
+        manager = self._manager if sequence.uses_connector else None
+        if manager is not None:
+            decision = manager.match(sequence, sequence.num_pool_tokens)
         sequence.block_ids = self._blocks.allocate_prompt(matched, sequence.num_prompt_tokens)
         sequence.num_committed_blocks = matched.num_blocks
         # The last prompt token is always computed: its logits give the first new token.
         num_loaded = min(decision.num_tokens, sequence.num_prompt_tokens - 1 - sequence.num_pool_tokens)
         sequence.num_connector_matched_tokens = num_loaded
         sequence.num_computed = sequence.num_pool_tokens + num_loaded
-        if self._manager is None:
+        if manager is None:
             return False
-        if not self._manager.allocated(sequence, sequence.block_ids, decision):
+        if not manager.allocated(sequence, sequence.block_ids, decision):
             self._forget_load(sequence)
             return False
         return decision.is_async
@@ -367,7 +368,8 @@ class Scheduler:
             self._let_go(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
-        if self._manager is not None and self._manager.request_finished(sequence, sequence.block_ids):
+        manager = self._manager if sequence.uses_connector else None
+        if manager is not None and manager.request_finished(sequence, sequence.block_ids):
             self._saves[sequence.request_id] = _Transfer(sequence.block_ids, self._clock())
         else:
             self._blocks.release(sequence.block_ids)
@@ -375,8 +377,10 @@ class Scheduler:
     # -- a connector that never ends a transfer ----------------------------------------------------------------------
 
     def _give_up_late_transfers(self) -> None:
-        """A request whose load is late is computed in other blocks. Those of a late transfer stay taken, for the
-        connector may still read or write them."""
+        """A request whose load is late is computed in other blocks, and the connector hears no more of it.
+
+        The blocks of a late transfer stay taken, for the connector may still read or write them.
+        """
         assert self._manager is not None
         now, deadline_seconds = self._clock(), self._limits.transfer_deadline_seconds
         for transfers, what in ((self._loads, "load"), (self._saves, "save")):

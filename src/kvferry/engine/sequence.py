@@ -26,8 +26,8 @@ class Sequence:
     num_computed: tokens whose KV is in the pool. num_pool_tokens of them came with reused blocks,
     num_connector_matched_tokens from the connector; the rest was computed here.
     block_ids: one list a layer group. num_committed_blocks: leading blocks that other requests may share.
-    num_told_tokens, num_told_blocks: what the connector was told of in earlier passes. may_load: whether the connector
-    may be asked for a match.
+    num_told_tokens, num_told_blocks: what the connector was told of in earlier passes. uses_connector: false once the
+    connector has failed to end its load.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Sequence:
         self.num_prompt_tokens = len(self.tokens)
         self.cache_salt = params.cache_salt
         self.lora_id = lora_id
-        self.may_load = True
+        self.uses_connector = True
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.block_ids: list[list[int]] = []
@@ -56,9 +56,9 @@ class Sequence:
         self.finished_at: float | None = None
 
     def start_over(self) -> None:
-        """Forget blocks and progress, as if it were new; it will not ask the connector again."""
+        """Forget blocks and progress, as if it were new, and go on without the connector."""
         self.status = SequenceStatus.WAITING
-        self.may_load = False
+        self.uses_connector = False
         self.block_ids = []
         self.num_committed_blocks = self.num_told_tokens = self.num_told_blocks = 0
         self.num_computed = self.num_pool_tokens = self.num_connector_matched_tokens = 0

@@ -129,9 +129,10 @@ class Store:
                 for chunk in needed_units(group, geometry.chunk_tokens, 0, num_chunks):
                     tier = of[chunk]
                     assert tier is not None, "a hit has all that its groups need"
-                    farthest[chunk] = max(farthest[chunk], tier)
-            for tier, count in Counter(farthest).items():
-                self._meter.add(f"matched_chunks_{tier.name.lower()}", count)
+                    if tier is not Tier.MEMORY:
+                        farthest[chunk] = max(farthest[chunk], tier)
+            for tier in Tier:
+                self._meter.add(f"matched_chunks_{tier.name.lower()}", farthest.count(tier))
             self._meter.add("unmatched_chunks", len(keys) - num_chunks)
             return Match(num_chunks, tuple(farthest))
 
@@ -450,6 +451,8 @@ def _loadable(entry: Entry) -> bool:
 
 def _tier_of(entry: Entry | None) -> Tier | None:
     """Where a resident entry counts as being. What is on its way counts as where it comes from: it may yet fail."""
-    if entry is None or not _loadable(entry):
+    if entry is None:
         return None
-    return Tier.MEMORY if entry.state is EntryState.COMMITTED else entry.source
+    if entry.state is EntryState.COMMITTED:
+        return Tier.MEMORY
+    return entry.source if _loadable(entry) else None

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from kvferry.transfer.layout import Layout
-from kvferry.transfer.plan import Direction, PartBlocks, Plan, Strides, plan_copies
+from kvferry.transfer.plan import BlockRows, Direction, PartBlocks, Plan, Strides, block_rows, plan_copies
 
 _MOST_THREADS = 4
 _SMALLEST_SHARE_BYTES = 256 * 1024
@@ -92,11 +92,12 @@ class CopyEngine:
     def submit(self, direction: Direction, parts: Sequence[PartBlocks], stream: Any) -> Copy:
         """Begin to copy. From the pool: after the work that `stream` was given so far. To the pool: before the work
         that it is given once `wait` returned. Blocks and slots are the copy's until then. IndexError: see `_check`."""
-        self._check(parts)
+        rows = block_rows(parts, self._layout.block_bytes)
+        self._check(rows)
         if self._layout.pool.is_cuda:
             self._copy_cuda(direction, parts, stream)
             return Copy()
-        plan = plan_copies(parts, self._strides, direction)
+        plan = plan_copies(rows, self._strides, direction)
         num_shares = max(1, min(self._num_threads, plan.num_bytes // _SMALLEST_SHARE_BYTES))
         return Copy(tuple(self._threads.submit(_move, share) for share in plan.split(num_shares)))
 
@@ -105,15 +106,16 @@ class CopyEngine:
         self._threads.shutdown()
         self._arena = torch.empty(0, dtype=torch.uint8)
 
-    def _check(self, parts: Sequence[PartBlocks]) -> None:
+    def _check(self, rows: BlockRows) -> None:
         """Addresses are about to be followed blindly. IndexError: one would lie outside the arena or the pool."""
-        for part in parts:
-            start = part.offset + part.first_block * self._layout.block_bytes
-            end = start + len(part.block_ids) * self._layout.block_bytes
-            if not 0 <= part.offset <= start <= end <= self._arena.numel():
-                raise IndexError(f"bytes {start} to {end} are not in an arena of {self._arena.numel()} bytes")
-            if len(part.block_ids) and not 0 <= min(part.block_ids) <= max(part.block_ids) < self._layout.num_blocks:
-                raise IndexError(f"blocks {part.block_ids} are not in a pool of {self._layout.num_blocks} blocks")
+        if rows.ids.size == 0:
+            return
+        start, end = int(rows.offsets.min()), int(rows.offsets.max()) + self._layout.block_bytes
+        if not 0 <= start <= end <= self._arena.numel():
+            raise IndexError(f"bytes {start} to {end} are not in an arena of {self._arena.numel()} bytes")
+        first, last = int(rows.ids.min()), int(rows.ids.max())
+        if not 0 <= first <= last < self._layout.num_blocks:
+            raise IndexError(f"blocks {first} to {last} are not in a pool of {self._layout.num_blocks} blocks")
 
     @torch.inference_mode()
     def _copy_cuda(self, direction: Direction, parts: Sequence[PartBlocks], stream: Any) -> None:

@@ -43,6 +43,26 @@ class Strides:
     layer_bytes: int
 
 
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRows:
+    """Blocks one by one: where each begins in the arena, counted from its start, and its id in the pool."""
+
+    offsets: Rows
+    ids: Rows
+
+
+def block_rows(parts: Sequence[PartBlocks], block_bytes: int) -> BlockRows:
+    """The blocks of all parts, in order."""
+    counts = np.fromiter((len(part.block_ids) for part in parts), np.int64, len(parts))
+    starts = np.fromiter((part.offset + part.first_block * block_bytes for part in parts), np.int64, len(parts))
+    ids = np.fromiter(itertools.chain.from_iterable(part.block_ids for part in parts), np.int64, int(counts.sum()))
+    nth_of_part = np.arange(ids.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    return BlockRows(np.repeat(starts, counts) + nth_of_part * block_bytes, ids)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Copy `sizes[i]` bytes from address `sources[i]` to `destinations[i]`, for each i, in any order."""
@@ -72,24 +92,17 @@ class Plan:
         ]
 
 
-def plan_copies(
-    parts: Sequence[PartBlocks], strides: Strides, direction: Direction, layers: range | None = None
-) -> Plan:
-    """The copies of these parts' blocks, restricted to consecutive `layers` if given.
+def plan_copies(rows: BlockRows, strides: Strides, direction: Direction, layers: range | None = None) -> Plan:
+    """The copies of these blocks, restricted to consecutive `layers` if given.
 
     Copies that follow each other on both sides are joined: whole neighbouring blocks across their layers, and
     neighbouring slots across their blocks.
     """
     first_layer, num_layers = (0, strides.num_layers) if layers is None else (layers.start, len(layers))
-    block_bytes = strides.num_layers * strides.layer_bytes
-    counts = np.array([len(part.block_ids) for part in parts], dtype=np.int64)
-    starts = np.array([part.offset + part.first_block * block_bytes for part in parts], dtype=np.int64)
-    ids = np.concatenate([np.asarray(part.block_ids, dtype=np.int64) for part in parts] or [np.zeros(0, np.int64)])
-    assert ids.size == 0 or ids.min() >= 0, "a block that does not exist has no address"
-    nth_of_part = np.arange(ids.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    assert rows.ids.size == 0 or rows.ids.min() >= 0, "a block that does not exist has no address"
     skipped = first_layer * strides.layer_bytes
-    arena = (np.repeat(starts, counts) + nth_of_part * block_bytes + (strides.arena_base + skipped)).astype(np.uint64)
-    pool = (ids * strides.block_stride_bytes + (strides.pool_base + skipped)).astype(np.uint64)
+    arena = (rows.offsets + (strides.arena_base + skipped)).astype(np.uint64)
+    pool = (rows.ids * strides.block_stride_bytes + (strides.pool_base + skipped)).astype(np.uint64)
     sources, destinations = (arena, pool) if direction is Direction.TO_POOL else (pool, arena)
     return _joined(sources, destinations, num_layers * strides.layer_bytes)
 

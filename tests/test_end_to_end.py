@@ -15,7 +15,7 @@ from kvferry.testing.models import FAMILIES, make_model
 
 from .engine.conftest import make_prompt
 
-BLOCK, CHUNK = 8, 32
+BLOCK, CHUNK = 8, 16
 LENGTHS = [CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + BLOCK - 1, CHUNK + BLOCK, CHUNK + BLOCK + 1, 3 * CHUNK, 3 * CHUNK + 1]
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 PROMPTS = [make_prompt(length, seed=length) for length in LENGTHS]

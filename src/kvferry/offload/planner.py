@@ -335,6 +335,8 @@ class Planner:
             # The same prompt again goes on one chunk earlier, as its last token is always computed.
             boundaries.insert(0, num_chunks - 1)
         for boundary in boundaries:
+            if boundary <= first_chunk:
+                continue
             job = self._store.begin_store(self._geometry, tracked.chain.keys[:boundary], first_chunk)
             if job is not None:
                 tracked.saves = True

@@ -222,7 +222,9 @@ class LLM:
 
     def _load_adapter(self, folder: str) -> str:
         if self._ranks is not None:
-            raise RequestError("LoRA adapters are not to be had with tensor_parallel_size > 1: nothing cuts their weights")
+            raise RequestError(
+                "LoRA adapters are not to be had with tensor_parallel_size > 1: nothing cuts their weights"
+            )
         lora_id = adapter_digest(folder)
         self._core.call(lambda: self._executor.adapters.load(lora_id, folder))
         return lora_id

@@ -149,12 +149,13 @@ def main(control: int, pulse: int, leader_pid: int) -> None:
     try:
         follower.start()
         follower.run()
-    except (EOFError, OSError):
-        logger.info("the engine's first process is gone")
+    except BaseException as error:
+        # Without the leader, or without this rank, the engine is over; the leader may be past removing anything.
+        _remove(plan.rank.runtime_dir)
+        if not isinstance(error, EOFError | OSError):
+            raise
     finally:
         follower.close()
-        if os.getppid() != leader_pid:
-            _remove(plan.rank.runtime_dir)
 
 
 def _show_life(pulse: int, leader_pid: int, runtime_dir: str | None) -> None:
@@ -162,7 +163,7 @@ def _show_life(pulse: int, leader_pid: int, runtime_dir: str | None) -> None:
     os.set_blocking(pulse, False)
     pause = threading.Event()
     while os.getppid() == leader_pid:
-        with contextlib.suppress(BlockingIOError):  # where the leader is stopped, not gone
+        with contextlib.suppress(OSError):  # the pipe is full where the leader is stopped, broken where it is gone
             os.write(pulse, b".")
         pause.wait(PULSE_SECONDS)
     pause.wait(_ORPHAN_SECONDS)

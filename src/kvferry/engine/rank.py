@@ -51,7 +51,7 @@ def device_of_rank(first: torch.device, rank: int, num_ranks: int) -> str:
 
 def plan_first_rank(model: str, dtype: str, device: torch.device, num_ranks: int) -> RankPlan:
     """What rank 0 loads. RequestError: no such number of ranks, or no GPU for one of them."""
-    if not isinstance(num_ranks, int) or num_ranks < 1:
+    if type(num_ranks) is not int or num_ranks < 1:
         raise RequestError(f"tensor_parallel_size must be an integer of at least 1, not {num_ranks!r}")
     where = str(device) if num_ranks == 1 else device_of_rank(device, 0, num_ranks)
     return RankPlan(model, dtype, where, num_ranks=num_ranks)

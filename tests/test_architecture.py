@@ -68,6 +68,8 @@ OPTIONS = {
     "EngineOptions": [
         "kv_cache_config",
         "kv_connector_config",
+        "tensor_parallel_size",
+        "rank_timeout_seconds",
         "max_batch_size",
         "max_num_tokens",
         "enable_chunked_prefill",

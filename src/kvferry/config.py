@@ -117,6 +117,8 @@ class EngineOptions:
 
     kv_cache_config: KvCacheConfig = option(KvCacheConfig, "the pool")
     kv_connector_config: KvCacheConnectorConfig | None = option(None, "the connector; default none")
+    tensor_parallel_size: int = option(1, "ranks that share the model's heads, one process and GPU each", ge=1)
+    rank_timeout_seconds: float = option(10.0, "a rank that shows no life for so long ends the engine", gt=0)
     max_batch_size: int = option(8, "most requests that run at once", ge=1)
     max_num_tokens: int = option(8192, "most tokens of one forward pass", ge=1)
     enable_chunked_prefill: bool = option(True, "whether a prompt may be spread over several forward passes")

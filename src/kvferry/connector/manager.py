@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from kvferry.connector import wire
 from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker, Request, SchedulerOutput
 from kvferry.connector.config import LlmArgs
 
@@ -84,12 +85,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """One rank's answer in `collect`. `pass_broken`: what this pass should have loaded cannot be trusted."""
+    """One rank's answer in `collect`. `pass_broken`: what this pass should have loaded cannot be trusted. `num_errors`:
+    of its connector since its last answer, by hook."""
 
     saved: list[int]
     loaded: list[int]
     failed: list[int]
     pass_broken: bool
+    num_errors: dict[str, int]
 
 
 class _Agreement:
@@ -134,7 +137,8 @@ class _Agreement:
 class KvCacheConnectorManager:
     """One per rank. `scheduler` is given on the leader (rank 0) alone; methods marked *leader* are called there only.
 
-    Errors of the connector are counted in `num_errors` by hook name and logged once per hook and request.
+    Errors of the connector are counted in `num_errors` by hook name (on the leader those of all ranks) and logged once
+    per hook and request by the rank that met them. What the collective raises goes through: a rank is lost.
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class KvCacheConnectorManager:
         self.worker = worker
         self.scheduler = scheduler
         self.num_errors: dict[str, int] = {}
+        self._untold_errors: dict[str, int] = {}
         self._llm_args = llm_args
         self._collective: Collective = collective or LocalCollective()
         assert (scheduler is not None) == (self._collective.rank == 0), "the scheduler half lives on rank 0 alone"
@@ -248,22 +253,29 @@ class KvCacheConnectorManager:
 
     def exchange_metadata(self, output: SchedulerOutput | None) -> None:
         """Build on the leader (which alone passes `output`), bind on all ranks."""
-        built: tuple[bool, Any] = (False, None)
+        metadata: Any = None
+        encoded: bytes | None = None
         if self.scheduler is not None:
             assert output is not None
-            built = self._build(self.scheduler, output)
+            metadata, encoded = self._build(self.scheduler, output)
             self._loads_of_pass, self._loads_of_next_pass = self._loads_of_next_pass, set()
-        self._pass_has_meta, metadata = self._collective.broadcast(built)
-        self._pass_broken = not self._pass_has_meta
-        if self._pass_has_meta:
-            self._guard_load("bind_connector_meta", lambda: self.worker.bind_connector_meta(metadata))
+        encoded = self._collective.broadcast(encoded)
+        self._pass_has_meta = encoded is not None
+        self._pass_broken = encoded is None
+        if encoded is not None:
+            self._guard_load("bind_connector_meta", lambda: self._bind(metadata, encoded))
 
-    def _build(self, scheduler: KvCacheConnectorScheduler, output: SchedulerOutput) -> tuple[bool, Any]:
+    def _build(self, scheduler: KvCacheConnectorScheduler, output: SchedulerOutput) -> tuple[Any, bytes | None]:
+        """The metadata, and its form for other ranks: None if there is no metadata to be had."""
         try:
-            return True, scheduler.build_connector_meta(output)
+            metadata = scheduler.build_connector_meta(output)
+            return metadata, wire.encode(metadata) if self._collective.size > 1 else b""
         except Exception as error:  # noqa: BLE001 - the hook boundary
             self.complain("build_connector_meta", repr(error))
-            return False, None
+            return None, None
+
+    def _bind(self, metadata: Any, encoded: bytes) -> None:
+        self.worker.bind_connector_meta(metadata if self.scheduler is not None else wire.decode(encoded))
 
     def start_pass(self, stream: Any) -> None:
         """Begin the pass's loads on this rank."""
@@ -296,11 +308,15 @@ class KvCacheConnectorManager:
     def _report(self, new_saving: list[int], new_loading: list[int]) -> _Report:
         def ask() -> tuple[list[int], list[int]]:
             saved, loaded = self.worker.get_finished(new_saving, new_loading)
-            return list(saved), list(loaded)
+            return [int(request_id) for request_id in saved], [int(request_id) for request_id in loaded]
+
+        def ask_failed() -> list[int]:
+            return [int(request_id) for request_id in self.worker.take_failed_loads()]
 
         saved, loaded = self._call("get_finished", ask) or ([], [])
-        failed = self._call("take_failed_loads", lambda: list(self.worker.take_failed_loads())) or []
-        return _Report(saved, loaded, failed, self._pass_broken)
+        failed = self._call("take_failed_loads", ask_failed) or []
+        errors, self._untold_errors = self._untold_errors, {}
+        return _Report(saved, loaded, failed, self._pass_broken, errors)
 
     def _agree(self, reports: Sequence[_Report]) -> Finished:
         failed: set[int] = set()
@@ -311,6 +327,9 @@ class KvCacheConnectorManager:
                     if complaint is not None:
                         self.complain("get_finished", f"rank {rank}: request {request_id} {complaint}", request_id)
             failed.update(report.failed)
+            if rank > 0:
+                for hook, number in report.num_errors.items():
+                    self.num_errors[hook] = self.num_errors.get(hook, 0) + number
             if report.pass_broken:
                 failed |= self._loads_of_pass
         self._loads_of_pass = set()
@@ -357,7 +376,8 @@ class KvCacheConnectorManager:
 
     def complain(self, hook: str, what: str, request_id: int | None = None) -> None:
         """Count what a hook did wrong; log it once per hook and request, in the connector's name."""
-        self.num_errors[hook] = self.num_errors.get(hook, 0) + 1
+        for counts in (self.num_errors, self._untold_errors):
+            counts[hook] = counts.get(hook, 0) + 1
         if (hook, request_id) in self._said:
             return
         self._said.add((hook, request_id))

@@ -18,6 +18,7 @@ import torch
 from kvferry.connector.manager import Finished, KvCacheConnectorManager
 from kvferry.engine.executor import Executor
 from kvferry.engine.outputs import FinishReason
+from kvferry.engine.ranks import Ranks
 from kvferry.engine.sampling import sample
 from kvferry.engine.scheduler import Plan, Scheduler
 from kvferry.engine.sequence import Batch, Sequence
@@ -35,8 +36,15 @@ _TRANSFER_POLL_SECONDS = 0.001
 class EngineCore:
     """Runs until `shutdown`. If the loop dies, every sequence ends with ABORT and `failure` says why."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, manager: KvCacheConnectorManager | None) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        manager: KvCacheConnectorManager | None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.failure: BaseException | None = None
+        self._ranks = ranks
         self._scheduler = scheduler
         self._executor = executor
         self._manager = manager
@@ -48,6 +56,8 @@ class EngineCore:
         self._close_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="kvferry-engine", daemon=True)
         self._thread.start()
+        if ranks is not None:
+            ranks.on_failure(lambda: self._commands.put(self._raise_failure))
 
     # -- any thread --------------------------------------------------------------------------------------------------
 
@@ -55,8 +65,10 @@ class EngineCore:
         """Queue a sequence. EngineDeadError: the engine has ended."""
         with self._close_lock:
             if self._is_closed or self.failure is not None:
-                raise EngineDeadError("the engine has ended") from self.failure
-            self._commands.put(lambda: self._add(sequence, listener))
+                raise self._death()
+            self._sequences[sequence.request_id] = sequence
+            self._listeners[sequence.request_id] = listener
+            self._commands.put(lambda: self._scheduler.add(sequence))
 
     def abort(self, sequence: Sequence) -> None:
         """Give a sequence up; its listener is told unless it ended already."""
@@ -77,13 +89,20 @@ class EngineCore:
 
         with self._close_lock:
             if self._is_closed or self.failure is not None:
-                raise EngineDeadError("the engine has ended") from self.failure
+                raise self._death()
             self._commands.put(run)
         while not done.wait(0.1):
             if not self._thread.is_alive():
-                raise EngineDeadError("the engine has ended") from self.failure
+                raise self._death()
         if raised:
             raise raised[0]
+
+    def _death(self) -> EngineDeadError:
+        if isinstance(self.failure, EngineDeadError):
+            return EngineDeadError(str(self.failure))
+        error = EngineDeadError("the engine has ended")
+        error.__cause__ = self.failure
+        return error
 
     def shutdown(self) -> None:
         """Abort what runs, tell the connector, end the thread. Further calls do nothing."""
@@ -100,14 +119,24 @@ class EngineCore:
             while self._take_commands():
                 self.step()
         except BaseException as error:  # the thread boundary: whoever waits must be told
-            self.failure = error
+            failure = error if self._ranks is None else self._ranks.explain(error)
+            with self._close_lock:
+                self.failure = failure
             logger.exception("the engine's loop ended")
         finally:
+            if self._ranks is not None:
+                self._ranks.close(at_once=self.failure is not None)
             for sequence in list(self._sequences.values()):
                 sequence.finish_reason = FinishReason.ABORT
                 self._notify(sequence)
             if self._manager is not None:
                 self._manager.shutdown()
+
+    def _raise_failure(self) -> None:
+        """A rank was lost while nothing ran."""
+        assert self._ranks is not None
+        assert self._ranks.failure is not None
+        raise self._ranks.failure
 
     def _take_commands(self) -> bool:
         """Run what callers queued; waits while there is nothing to compute. False: shut down."""
@@ -131,6 +160,8 @@ class EngineCore:
         if plan.starved is not None:
             logger.error("request %d ends: late transfers hold the blocks it needs", plan.starved.request_id)
             self._end(plan.starved, FinishReason.ABORT)
+        if self._ranks is not None:
+            self._ranks.announce(plan.batch, plan.tell_connector)
         drawn = self._compute(plan)
         finished = self._manager.collect() if self._manager is not None else Finished()
         for sequence in self._scheduler.update(plan.batch, drawn, finished):
@@ -182,11 +213,6 @@ class EngineCore:
             generator = torch.Generator(device).manual_seed(sequence.params.seed)
             self._generators[sequence.request_id] = generator
         return generator
-
-    def _add(self, sequence: Sequence, listener: Listener) -> None:
-        self._sequences[sequence.request_id] = sequence
-        self._listeners[sequence.request_id] = listener
-        self._scheduler.add(sequence)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.request_id not in self._sequences:

@@ -93,7 +93,8 @@ class GenerationHandle:
 
     def _checked(self, output: RequestOutput) -> RequestOutput:
         if output.finish_reason is FinishReason.ABORT and self._core.failure is not None:
-            raise EngineDeadError(f"the engine ended during request {self.request_id}") from self._core.failure
+            failure = self._core.failure
+            raise EngineDeadError(f"the engine ended during request {self.request_id}: {failure}") from failure
         return output
 
     def on_progress(self, sequence: Sequence) -> bool:

@@ -12,15 +12,18 @@ import torch
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
 from kvferry.connector.config import LlmArgs
 from kvferry.connector.manager import KvCacheConnectorManager
-from kvferry.connector.presets import ConnectorClasses, check_forms, resolve
+from kvferry.connector.presets import resolve
 from kvferry.engine.core import EngineCore
 from kvferry.engine.executor import Executor
+from kvferry.engine.follower import PoolPlan
 from kvferry.engine.groups import GroupedBlocks, group_layers
 from kvferry.engine.handle import GenerationHandle
 from kvferry.engine.kv_pool import KvPool, KvShape, default_max_tokens
 from kvferry.engine.lora import adapter_digest
 from kvferry.engine.model import load_model
 from kvferry.engine.outputs import RequestOutput
+from kvferry.engine.rank import make_worker, part_of_kv, plan_first_rank
+from kvferry.engine.ranks import Ranks
 from kvferry.engine.sampling import SamplingParams
 from kvferry.engine.scheduler import Limits, Scheduler
 from kvferry.engine.sequence import Sequence
@@ -35,10 +38,12 @@ class LLM:
 
     model: a folder, a .gguf file or a hub name. dtype: "auto" or a floating-point type's name. device: "auto" (a GPU if
     there is one), "cpu", "cuda" or "cuda:1". max_num_tokens: most tokens that one forward pass computes; without
-    chunked prefill no prompt may be longer. Use it as a context manager, or call `shutdown`.
+    chunked prefill no prompt may be longer. tensor_parallel_size: so many ranks share the model's heads, this process
+    and others that it starts, on as many GPUs; the engine ends when one is lost, and one that shows no life for
+    rank_timeout_seconds is. Use it as a context manager, or call `shutdown`.
 
     Raises RequestError (a ValueError) if there is no such model or a limit makes no sense. ConfigError, ConnectorError:
-    the connector cannot be used.
+    the connector cannot be used. EngineDeadError: another rank could not start.
     """
 
     def __init__(  # noqa: PLR0913 - a host's options, by keyword
@@ -47,6 +52,8 @@ class LLM:
         *,
         kv_cache_config: KvCacheConfig | None = None,
         kv_connector_config: KvCacheConnectorConfig | None = None,
+        tensor_parallel_size: int = 1,
+        rank_timeout_seconds: float = 10.0,
         max_batch_size: int = 8,
         max_num_tokens: int = 8192,
         enable_chunked_prefill: bool = True,
@@ -58,9 +65,27 @@ class LLM:
                 f"max_batch_size ({max_batch_size}) must be at least 1 and at most max_num_tokens ({max_num_tokens})"
             )
         self._kv_cache_config = kv_cache_config or KvCacheConfig()
-        connector_classes = resolve(kv_connector_config) if kv_connector_config is not None else None
-        torch_device = _find_device(device)
-        self._loaded = load_model(model, dtype, torch_device)
+        if kv_connector_config is not None:
+            resolve(kv_connector_config)
+        self._plan = plan_first_rank(model, dtype, _find_device(device), tensor_parallel_size)
+        self._ranks = Ranks(self._plan, rank_timeout_seconds) if tensor_parallel_size > 1 else None
+        try:
+            self._start(kv_connector_config, max_batch_size, max_num_tokens, enable_chunked_prefill)
+        except BaseException:
+            if self._ranks is not None:
+                self._ranks.close(at_once=True)
+            raise
+        self._request_ids = itertools.count(1)
+
+    def _start(
+        self,
+        connector_config: KvCacheConnectorConfig | None,
+        max_batch_size: int,
+        max_num_tokens: int,
+        enable_chunked_prefill: bool,
+    ) -> None:
+        plan, ranks, device = self._plan, self._ranks, torch.device(self._plan.device)
+        self._loaded = load_model(plan.model, plan.dtype, device, ranks.group if ranks is not None else None)
         self.tokenizer = self._loaded.tokenizer
         limits = Limits(
             max_batch_size,
@@ -71,13 +96,18 @@ class LLM:
             self._kv_cache_config.transfer_deadline_seconds,
         )
         self._limits = limits
-        self._pool = self._make_pool(torch_device)
+        shape = part_of_kv(self._loaded, plan.num_ranks)
+        num_blocks = self._find_num_blocks(shape, device)
+        args = self._llm_args(connector_config) if connector_config is not None else None
+        if ranks is not None:
+            ranks.make_pools(PoolPlan(num_blocks, self._kv_cache_config.tokens_per_block, args))
+        groups = group_layers(self._loaded.windows)
+        self._pool = KvPool(shape, groups, num_blocks, self._kv_cache_config.tokens_per_block, device)
         self._executor = Executor(self._loaded.model, self._pool)
         self._executor.warm_up()
-        manager = None
-        if connector_classes is not None:
-            assert kv_connector_config is not None
-            manager = _connect(connector_classes, self._llm_args(model, kv_connector_config), self._pool)
+        manager = _connect(args, self._pool, ranks) if args is not None else None
+        if manager is None and ranks is not None:
+            ranks.await_started()
         self.connector_manager = manager
         self._blocks = GroupedBlocks(
             self._pool.groups,
@@ -86,26 +116,30 @@ class LLM:
             enable_reuse=self._kv_cache_config.enable_block_reuse,
         )
         self._scheduler = Scheduler(self._blocks, limits, manager)
-        self._core = EngineCore(self._scheduler, self._executor, manager)
-        self._request_ids = itertools.count(1)
+        self._core = EngineCore(self._scheduler, self._executor, manager, ranks)
 
-    def _make_pool(self, device: torch.device) -> KvPool:
-        loaded, config, limits = self._loaded, self._kv_cache_config, self._limits
-        dtype = next(loaded.model.parameters()).dtype
-        shape = KvShape(loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, dtype)
-        wanted = limits.max_batch_size * loaded.max_positions
-        max_tokens = config.max_tokens or default_max_tokens(shape, wanted, device)
+    def _find_num_blocks(self, shape: KvShape, device: torch.device) -> int:
+        """As configured, or what the rank with the least memory can hold. EngineDeadError: a rank did not load."""
+        config = self._kv_cache_config
+        max_tokens = config.max_tokens
+        started = self._ranks.await_started() if self._ranks is not None else []
+        if any(other.identity != self._loaded.identity for other in started):
+            raise RequestError(f"the files of {self._plan.model} changed while ranks loaded them")
+        if max_tokens is None:
+            wanted = self._limits.max_batch_size * self._loaded.max_positions
+            held = [other.max_tokens for other in started]
+            max_tokens = min([default_max_tokens(shape, wanted, device), *held])
         num_blocks = max_tokens // config.tokens_per_block
         if num_blocks < 1:
             raise RequestError(f"a pool of {max_tokens} tokens holds no block of {config.tokens_per_block} tokens")
-        return KvPool(shape, group_layers(loaded.windows), num_blocks, config.tokens_per_block, device)
+        return num_blocks
 
-    def _llm_args(self, model: str, connector_config: KvCacheConnectorConfig) -> LlmArgs:
+    def _llm_args(self, connector_config: KvCacheConnectorConfig) -> LlmArgs:
         return LlmArgs(
             engine_id=uuid.uuid4().hex,
-            model=model,
+            model=self._plan.model,
             model_identity=self._loaded.identity,
-            kv_dtype=str(self._pool.shape.dtype).removeprefix("torch."),
+            kv_dtype=str(next(self._loaded.model.parameters()).dtype).removeprefix("torch."),
             num_layers=self._loaded.num_layers,
             num_kv_heads=self._loaded.num_kv_heads,
             head_dim=self._loaded.head_dim,
@@ -113,6 +147,8 @@ class LLM:
             max_num_tokens=self._limits.max_num_tokens,
             kv_cache_config=self._kv_cache_config,
             kv_connector_config=connector_config,
+            tensor_parallel_size=self._plan.num_ranks,
+            runtime_dir=self._ranks.runtime_dir if self._ranks is not None else None,
             sliding_windows=self._loaded.windows,
         )
 
@@ -185,6 +221,10 @@ class LLM:
         return Sequence(next(self._request_ids), tokens, params, lora_id)
 
     def _load_adapter(self, folder: str) -> str:
+        if self._ranks is not None:
+            raise RequestError(
+                "LoRA adapters are not to be had with tensor_parallel_size > 1: nothing cuts their weights"
+            )
         lora_id = adapter_digest(folder)
         self._core.call(lambda: self._executor.adapters.load(lora_id, folder))
         return lora_id
@@ -236,18 +276,18 @@ class LLM:
         self.shutdown()
 
 
-def _connect(classes: ConnectorClasses, args: LlmArgs, pool: KvPool) -> KvCacheConnectorManager:
-    """Make both halves in the order the API promises: the worker has its pool before the scheduler half exists."""
-    check_forms(classes, len(pool.groups))
-    worker = classes.worker(args)
+def _connect(args: LlmArgs, pool: KvPool, ranks: Ranks | None) -> KvCacheConnectorManager:
+    """Make both halves in the order the API promises: all workers have their pools before the scheduler half exists."""
+    worker = make_worker(args, pool)
     try:
-        worker.register_kv_cache_layout(pool.layout)
-        scheduler = classes.scheduler(args)
+        if ranks is not None:
+            ranks.await_started()
+        scheduler = resolve(args.kv_connector_config).scheduler(args)
         scheduler.wait_for_initialization()
     except BaseException:
         worker.shutdown()
         raise
-    return KvCacheConnectorManager(args, worker, scheduler)
+    return KvCacheConnectorManager(args, worker, scheduler, ranks.collective if ranks is not None else None)
 
 
 def _find_device(name: str) -> torch.device:

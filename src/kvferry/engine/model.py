@@ -16,6 +16,7 @@ import xxhash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvferry.engine.attention import ATTENTION_NAME
+from kvferry.engine.partition import RankGroup, partition
 from kvferry.errors import RequestError
 
 logger = logging.getLogger("kvferry.engine")
@@ -82,14 +83,17 @@ def find_model(name: str) -> ModelSource:
     return ModelSource(name)
 
 
-def load_model(name: str, dtype: str, device: torch.device) -> LoadedModel:
-    """Load weights, config and tokenizer. RequestError: there is no such model, or the engine cannot run its kind."""
+def load_model(name: str, dtype: str, device: torch.device, group: RankGroup | None = None) -> LoadedModel:
+    """Load weights, config and tokenizer; with a `group`, this rank's part of the weights.
+
+    RequestError: there is no such model, or the engine cannot run its kind.
+    """
     source = _unpack_gguf(find_model(name))
     try:
         model = AutoModelForCausalLM.from_pretrained(source.name_or_path, dtype=_dtype_option(dtype), **source.options)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError(f"{name} is no model that transformers can load: {error}") from error
-    return _prepare(model, source, device)
+    return _prepare(model, source, device, group)
 
 
 def _unpack_gguf(source: ModelSource) -> ModelSource:
@@ -121,7 +125,7 @@ def _unpack_gguf(source: ModelSource) -> ModelSource:
     return ModelSource(str(folder))
 
 
-def _prepare(model: Any, source: ModelSource, device: torch.device) -> LoadedModel:
+def _prepare(model: Any, source: ModelSource, device: torch.device, group: RankGroup | None) -> LoadedModel:
     """Turn the model's attention to the pool, and collect what the engine must know of it."""
     if not model._supports_attention_backend:  # noqa: SLF001 - transformers has no public question for it
         raise RequestError(f"{type(model).__name__} does not use transformers' attention interface")
@@ -130,6 +134,8 @@ def _prepare(model: Any, source: ModelSource, device: torch.device) -> LoadedMod
     if unknown := set(kinds) - _ATTENTION_KINDS:
         raise RequestError(f"{type(model).__name__} has layers of kinds the engine lacks: {', '.join(sorted(unknown))}")
     identity = weights_digest(model)
+    if group is not None:
+        partition(model, group)
     model.set_attn_implementation(ATTENTION_NAME)
     model = model.to(device).eval()
     return LoadedModel(

@@ -158,7 +158,8 @@ class ShelfWorker(KvCacheConnectorWorker):
 
     def __init__(self, llm_args: LlmArgs) -> None:
         super().__init__(llm_args)
-        self._shelf = SHELVES[llm_args.kv_connector_config.options["shelf"]]
+        # In another rank's process the worker is alone with a shelf of its own, for its part of the KV.
+        self._shelf = SHELVES.setdefault(llm_args.kv_connector_config.options["shelf"], Shelf())
         self._loading: list[int] = []
         self._saving: list[int] = []
 

@@ -145,4 +145,5 @@ def test_tokens_are_the_same_from_disk_in_a_new_process(
     wanted = expected[case[0]]
     loaded = [can_be_loaded(length, case[0]) for length in LENGTHS]
     assert found == [[one, num_loaded] for one, num_loaded in zip(wanted, loaded, strict=True)]
-    assert num_from_disk == sum(loaded)
+    # Where all layers slide, a chunk behind the window counts as loaded and needs no bytes from anywhere.
+    assert num_from_disk == sum(loaded) - (CHUNK if case[0] == "mistral" else 0)

@@ -145,7 +145,7 @@ class TestAgreement:
         decision = team.manager.match(ScriptedRequest(1), 0)
         assert decision.num_tokens == 0
         assert not decision.is_async
-        assert team.manager.num_errors == ({} if match is None else {"get_num_new_matched_tokens": 1})
+        assert team.manager.num_errors == {"get_num_new_matched_tokens": 1}
 
 
 IDS = st.integers(1, 5)

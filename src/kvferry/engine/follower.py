@@ -97,10 +97,9 @@ class Follower:
             if plan.args is not None:
                 self._connect(dataclasses.replace(plan.args, rank=self._plan.rank), pool)
             self._answer(Started())
-        except (EOFError, OSError):
-            raise
         except Exception as error:
-            self._answer(Started(failure=f"{type(error).__name__}: {error}"))
+            with contextlib.suppress(OSError):  # it may be rank 0 itself that is gone
+                self._answer(Started(failure=f"{type(error).__name__}: {error}"))
             raise
 
     def _answer(self, answer: Started) -> None:
@@ -152,8 +151,9 @@ def main(control: int, pulse: int, leader_pid: int) -> None:
     except BaseException as error:
         # Without the leader, or without this rank, the engine is over; the leader may be past removing anything.
         _remove(plan.rank.runtime_dir)
-        if not isinstance(error, EOFError | OSError):
+        if not isinstance(error, EOFError | ConnectionError):
             raise
+        logger.info("another rank is gone: %s", error)
     finally:
         follower.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import uuid
 from types import TracebackType
@@ -104,7 +105,8 @@ class LLM:
         groups = group_layers(self._loaded.windows)
         self._pool = KvPool(shape, groups, num_blocks, self._kv_cache_config.tokens_per_block, device)
         self._executor = Executor(self._loaded.model, self._pool)
-        self._executor.warm_up()
+        with ranks.explained() if ranks is not None else contextlib.nullcontext():
+            self._executor.warm_up()
         manager = _connect(args, self._pool, ranks) if args is not None else None
         if manager is None and ranks is not None:
             ranks.await_started()

@@ -41,7 +41,13 @@ class RankGroup:
         self._group: Any = None
 
     def join(self) -> None:
-        """Wait for the other ranks. RuntimeError: they did not come."""
+        """Wait for the other ranks. ConnectionError: they did not come."""
+        try:
+            self._connect()
+        except RuntimeError as error:
+            raise ConnectionError(f"the ranks did not find each other: {error}") from error
+
+    def _connect(self) -> None:
         store = distributed.FileStore(str(self._store_path), self.size)
         store.set_timeout(timedelta(seconds=_JOIN_SECONDS))
         if self._device.type == "cuda":
@@ -54,8 +60,12 @@ class RankGroup:
             self._group.set_timeout(timedelta(seconds=_SUM_SECONDS))
 
     def sum_(self, tensor: torch.Tensor) -> None:
-        """Replace a contiguous tensor by the sum of all ranks'. RuntimeError: a rank has ended."""
-        self._group.allreduce([tensor]).wait()
+        """Replace a contiguous tensor by the sum of all ranks'. ConnectionError: a rank has ended; on a GPU that may
+        show later, as whatever waits for the stream."""
+        try:
+            self._group.allreduce([tensor]).wait()
+        except RuntimeError as error:
+            raise ConnectionError(f"a rank was lost in a sum: {error}") from error
 
     def abort(self) -> None:
         """Give up on sums under way, from any thread: on a GPU they would wait for a lost rank forever."""

@@ -6,6 +6,7 @@ rank 0 waits for, a message or a sum of tensors, raises, and `failure` says what
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
 import msgspec
@@ -114,10 +115,8 @@ class Ranks:
 
     def await_started(self) -> list[Started]:
         """Every follower's answer. EngineDeadError: one of them failed or ended."""
-        try:
+        with self.explained():
             answers = [wire.decode(process.channel.recv_bytes()) for process in self._processes]
-        except (EOFError, OSError) as error:
-            raise self.explain(error) from error
         for process, answer in zip(self._processes, answers, strict=True):
             if answer.failure is not None:
                 raise EngineDeadError(f"rank {process.rank} cannot start: {answer.failure}")
@@ -125,10 +124,11 @@ class Ranks:
 
     def make_pools(self, plan: PoolPlan) -> None:
         """Let the followers make their pools, and join them; then rank 0 must warm up as they do. Errors as
-        `await_started`; RuntimeError: the group does not come together."""
-        self._send(wire.encode(plan))
-        self.await_started()
-        self.group.join()
+        `await_started`."""
+        with self.explained():
+            self._send(wire.encode(plan))
+            self.await_started()
+            self.group.join()
 
     def announce(self, batch: Batch, tells_connector: bool) -> None:
         """Begin an iteration on every rank. OSError: one has ended."""
@@ -137,6 +137,17 @@ class Ranks:
     def _send(self, message: bytes) -> None:
         for process in self._processes:
             process.channel.send_bytes(message)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """EngineDeadError in place of what a lost rank made raise within."""
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            cause = self.explain(error)
+            if cause is error:
+                raise
+            raise cause from error
 
     def explain(self, error: BaseException) -> BaseException:
         """The failure that caused an error of the engine, if it was one of the ranks; else the error."""

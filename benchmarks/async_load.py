@@ -25,8 +25,7 @@ BATCH, LOAD_TOKENS, LATENCY_SECONDS = 16, 1025, 0.2
 MOST_LOST = 0.03
 BLOCK, CHUNK = 32, 64
 PARAMS = SamplingParams(max_tokens=900, ignore_eos=True)
-ALONE_SECONDS = LOAD_TOKENS // CHUNK / 2 * LATENCY_SECONDS
-"""As long as a load, which two threads read."""
+ALONE_SECONDS = LOAD_TOKENS // CHUNK / 2 * LATENCY_SECONDS  # as long as a load, which two threads read
 
 
 class Counter:

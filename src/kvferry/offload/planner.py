@@ -335,9 +335,8 @@ class Planner:
             # The same prompt again goes on one chunk earlier, as its last token is always computed.
             boundaries.insert(0, num_chunks - 1)
         for boundary in boundaries:
-            if boundary <= first_chunk:
-                continue
-            job = self._store.begin_store(self._geometry, tracked.chain.keys[:boundary], first_chunk)
+            keys = tracked.chain.keys[:boundary]
+            job = self._store.begin_store(self._geometry, keys, first_chunk) if first_chunk < boundary else None
             if job is not None:
                 tracked.saves = True
                 parts = [self._store_copy(part, tracked.block_ids) for part in job.parts]

@@ -175,7 +175,7 @@ class PagedBatch:
         packed = query.reshape(1, keys.shape[1], -1, head_dim)
         mask = self._prefill_mask(piece, group, heads // keys.shape[1])
         out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
-        return out.view(1, heads, rows, head_dim)
+        return out.reshape(1, heads, rows, head_dim)
 
     def _prefill_mask(self, piece: _Prefill, group: int, queries_per_head: int) -> torch.Tensor:
         mask = self._masks.get((piece.first, group))

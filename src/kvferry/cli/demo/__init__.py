@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(make_table(steps))
     chart = out / "ttft.png"
     save_chart(steps, chart)
-    console.print(f"Chart: {chart}", highlight=False)
+    console.print(f"Chart: {chart}", highlight=False, soft_wrap=True)  # a path is to be copied
     return 0 if all(step.is_same for step in steps) else 1
 
 

@@ -66,7 +66,7 @@ class PagedBatch:
         self._device = pool.device
         self._masks: dict[tuple[int, int], torch.Tensor] = {}
         self.num_layers_seen = 0
-        steps = [piece for piece in batch.slices if is_decode_step(piece)]
+        steps = [piece for piece in batch.slices if piece.is_decode_step]
         assert steps == batch.slices[: len(steps)], "decode steps come first"
         self._num_steps = len(steps)
         self._clear_begun_blocks(batch)
@@ -205,11 +205,6 @@ class PagedBatch:
             blocks = rows.view(*tables.shape, shape.num_heads, size, shape.head_dim)
             gathered.append(blocks.transpose(1, 2).flatten(2, 3))
         return gathered
-
-
-def is_decode_step(piece: Slice) -> bool:
-    """Whether a slice is one token with a past: those attend together."""
-    return len(piece.tokens) == 1 and piece.start > 0
 
 
 def _visible(at: torch.Tensor, seen: torch.Tensor, window: int | None) -> torch.Tensor:

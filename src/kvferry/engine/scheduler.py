@@ -113,7 +113,7 @@ class Scheduler:
                 self._lora_turns[lora_id] = self._num_plans = self._num_plans + 1
                 break
         # A new request may have one token left to compute: the attention wants such steps first.
-        plan.batch.slices.sort(key=lambda piece: len(piece.tokens) > 1 or piece.start == 0)
+        plan.batch.slices.sort(key=lambda piece: not piece.is_decode_step)
         plan.tell_connector = plan.tell_connector or bool(plan.batch.slices)
         return plan
 

@@ -112,6 +112,11 @@ class Slice:
     draws: bool
 
     @property
+    def is_decode_step(self) -> bool:
+        """Whether it is one token with a past: those attend together."""
+        return len(self.tokens) == 1 and self.start > 0
+
+    @property
     def end(self) -> int:
         return self.start + len(self.tokens)
 

@@ -293,6 +293,7 @@ class LLM:
 def _connect(args: LlmArgs, pool: KvPool, ranks: Ranks | None) -> KvCacheConnectorManager:
     """Make both halves in the order the API promises: all workers have their pools before the scheduler half exists."""
     worker = make_worker(args, pool)
+    scheduler = None
     try:
         if ranks is not None:
             ranks.await_started()
@@ -300,6 +301,8 @@ def _connect(args: LlmArgs, pool: KvPool, ranks: Ranks | None) -> KvCacheConnect
         scheduler.wait_for_initialization()
     except BaseException:
         worker.shutdown()
+        if scheduler is not None:
+            scheduler.shutdown()
         raise
     return KvCacheConnectorManager(args, worker, scheduler, ranks.collective if ranks is not None else None)
 

@@ -5,6 +5,7 @@ client has gone. Knows no route and no shape of an answer.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,6 +34,7 @@ class Service:
         self._max_queued = max_queued
         self._handles: set[GenerationHandle] = set()
         self._num_coming = 0
+        self._is_ending = False
         # One thread: a tokenizer is not safe in several, and requests keep their order.
         self._tokenizing = ThreadPoolExecutor(1, "kvferry-tokenizer")
 
@@ -49,9 +51,9 @@ class Service:
 
     def count_states(self) -> dict[str, int]:
         """Requests that run, and that wait to be tokenised, admitted or loaded. Any thread."""
-        handles = list(self._handles)
-        num_running = sum(handle.status is SequenceStatus.RUNNING for handle in handles)
-        return {"running": num_running, "waiting": self._num_coming + len(handles) - num_running}
+        states = Counter(handle.status for handle in list(self._handles))
+        num_waiting = self._num_coming + states[SequenceStatus.WAITING] + states[SequenceStatus.LOADING]
+        return {"running": states[SequenceStatus.RUNNING], "waiting": num_waiting}
 
     async def submit(self, body: Body) -> list[GenerationHandle]:
         """Start what a body asks for. HTTPException: unsupported, or too much. RequestError: it cannot be served."""
@@ -63,6 +65,8 @@ class Service:
             loop = asyncio.get_running_loop()
             handles = await loop.run_in_executor(self._tokenizing, self._start, body)
             self._handles.update(handles)
+            if self._is_ending:
+                self.abort_all()
         finally:
             self._num_coming -= body.num_requests
         return handles
@@ -93,7 +97,8 @@ class Service:
             self.metrics.count(handle.output)
 
     def abort_all(self) -> None:
-        """End all requests; their clients are told."""
+        """End all requests, also those that come later; their clients are told."""
+        self._is_ending = True
         for handle in list(self._handles):
             handle.abort()
 

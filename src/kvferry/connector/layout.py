@@ -6,11 +6,18 @@ Names and addressing follow TensorRT-LLM's `kv_cache_layout` module: the bytes o
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+def valid_page_slots(page_indices: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Pairs (place in the list, page) without the places that have none. The place says which tokens the page holds; no
+    page is -1, which as an index would be somebody else's."""
+    return ((place, page) for place, page in enumerate(page_indices) if page >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,11 @@ class KvCacheRegion:
         shape = (self.num_slots, self.size // dtype.itemsize)
         return flat.as_strided(shape, (self.stride // dtype.itemsize, 1), offset)
 
+    def slot_tensor(self, slot_id: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One page of `as_tensor`. IndexError: there is no such page."""
+        self.address_of(slot_id)
+        return self.as_tensor(dtype)[slot_id]
+
 
 @dataclass(frozen=True, slots=True)
 class KvCacheLayerGroupLayout:
@@ -81,10 +93,17 @@ class KvCacheLayerGroupLayout:
 
 @dataclass(frozen=True, slots=True)
 class KvCacheLayout:
-    """All of a rank's pools."""
+    """All of a rank's pools. gpu_pool_mapping_bytes: None, as each pool is one allocation."""
 
     tokens_per_block: int
     groups: tuple[KvCacheLayerGroupLayout, ...]
+    gpu_pool_mapping_bytes: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the KV."""
+        dtype: torch.dtype = self.groups[0].regions[0].memory.dtype
+        return dtype
 
     def group(self, layer_group_id: int) -> KvCacheLayerGroupLayout:
         """KeyError: there is no such group."""

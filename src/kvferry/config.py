@@ -275,6 +275,8 @@ def _convert(cls: Any, name: str, value: Any, where: str, *, strict: bool = True
     """`value` in the type of the field `name`; texts of the environment are parsed with strict=False."""
     hint = _hints(cls)[name]
     nested = _option_class(hint)
+    if nested is not None and isinstance(value, nested):
+        return value
     if nested is not None and isinstance(value, Mapping):
         below = f"{where}, under {name}"
         converted_below = accept_options(nested, value, below)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class KvCacheRegion:
         flat = torch.empty(0, dtype=dtype, device=self.memory.device).set_(elements)
         offset = (self.base - elements.data_ptr()) // dtype.itemsize
         shape = (self.num_slots, self.size // dtype.itemsize)
-        return flat.as_strided(shape, (self.stride // dtype.itemsize, 1), offset)
+        return _as_on_gpu(flat.as_strided(shape, (self.stride // dtype.itemsize, 1), offset))
 
     def slot_tensor(self, slot_id: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One page of `as_tensor`. IndexError: there is no such page."""
@@ -123,8 +124,32 @@ class KvCacheLayout:
         """The pool tensor that `register_kv_caches` takes, or None where one tensor cannot describe the pools."""
         if len(self.groups) != 1 or len(self.groups[0].regions) != 1:
             return None
-        pool: torch.Tensor = self.groups[0].regions[0].memory
-        return pool
+        return _as_on_gpu(self.groups[0].regions[0].memory)
+
+
+def _as_on_gpu(pool: torch.Tensor) -> torch.Tensor:
+    """A view of a pool, whose parts `cpu()` and `to("cpu")` copy also where the pool is on a CPU.
+
+    Connectors are written for GPUs: without this the file of one block would hold the memory of the whole pool, for
+    `torch.save` writes all that a tensor is a view of.
+    """
+    return pool if pool.device.type != "cpu" else pool.as_subclass(_host_pool_class())
+
+
+@cache
+def _host_pool_class() -> type[Any]:
+    import torch
+
+    class HostPool(torch.Tensor):
+        def cpu(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor).clone()
+
+        def to(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            plain = self.as_subclass(torch.Tensor)
+            moved: torch.Tensor = plain.to(*arguments, **options)
+            return moved.clone() if moved is plain else moved
+
+    return HostPool
 
 
 def describe_pools(

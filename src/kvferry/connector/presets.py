@@ -20,7 +20,7 @@ class ServerUrl(enum.Enum):
 
     NONE = "none"
     NEEDED = "needed"
-    UNKNOWN = "unknown"
+    OPTIONAL = "optional"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def _named(config: KvCacheConnectorConfig) -> Preset:
         config.connector_worker_class,
     )
     assert module and scheduler and worker, "KvCacheConnectorConfig refuses anything else"
-    return Preset(module, scheduler, worker, needs=TRTLLM_NAMES, server_url=ServerUrl.UNKNOWN)
+    return Preset(module, scheduler, worker, needs=TRTLLM_NAMES, server_url=ServerUrl.OPTIONAL)
 
 
 def check_forms(classes: ConnectorClasses, num_layer_groups: int) -> None:

@@ -61,6 +61,9 @@ class Logger(logging.Logger):
         """Show this level ("error", "warning", "info", "verbose" or "debug") and above."""
         self.setLevel(self._LEVELS[level])
 
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - logging's own remembers its answers, here for too long
+        return level >= self.level
+
     def _log(self, level: int, msg: object, args: Any, **more: Any) -> None:  # type: ignore[override]
         try:
             text = str(msg) % args if args else str(msg)

@@ -53,6 +53,8 @@ OPTIONS = {
     "KvCacheConfig": [
         "tokens_per_block",
         "max_tokens",
+        "free_gpu_memory_fraction",
+        "max_attention_window",
         "enable_block_reuse",
         "max_loading_share",
         "transfer_deadline_seconds",
@@ -70,11 +72,25 @@ OPTIONS = {
         "kv_connector_config",
         "tensor_parallel_size",
         "rank_timeout_seconds",
+        "max_seq_len",
         "max_batch_size",
         "max_num_tokens",
         "enable_chunked_prefill",
         "dtype",
         "device",
+    ],
+    "IgnoredKvCacheOptions": [
+        "enable_partial_reuse",
+        "copy_on_partial_reuse",
+        "use_kv_cache_manager_v2",
+        "host_cache_size",
+    ],
+    "IgnoredEngineOptions": [
+        "backend",
+        "cuda_graph_config",
+        "disable_overlap_scheduler",
+        "trust_remote_code",
+        "pipeline_parallel_size",
     ],
 }
 

@@ -217,7 +217,7 @@ except ImportError as error:
 
 
 LOADED = "; import sys; print(' '.join(sys.modules))"
-HEAVY = {"torch", "transformers", "matplotlib", "rich"}
+HEAVY = {"torch", "transformers", "matplotlib", "rich", "fastapi", "uvicorn", "pydantic"}
 
 
 def test_importing_kvferry_loads_hardly_anything() -> None:
@@ -225,7 +225,7 @@ def test_importing_kvferry_loads_hardly_anything() -> None:
     assert not loaded & {*HEAVY, "numpy", "msgspec", "yaml", "zmq", "kvferry.config"}
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["config"]])
+@pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["serve", "--help"], ["config"]])
 def test_light_commands_load_nothing_heavy(argv: list[str]) -> None:
     code = f"""
 import sys

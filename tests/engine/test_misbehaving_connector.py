@@ -14,7 +14,7 @@ from kvferry.config import KvCacheConnectorConfig
 from kvferry.connector import manager as manager_module
 from kvferry.connector.api import Request
 from kvferry.engine.outputs import FinishReason
-from kvferry.testing.connectors import SHELVES, Shelf, ShelfScheduler, ShelfWorker
+from kvferry.testing.shelf import SHELVES, Shelf, ShelfScheduler, ShelfWorker
 
 from .conftest import make_prompt
 

@@ -11,7 +11,7 @@ from importlib import import_module
 import kvferry
 from kvferry.errors import KVFerryError
 
-COMMANDS = ("demo", "generate", "serve", "trtllm-run", "connectors", "config")
+COMMANDS = ("demo", "generate", "serve", "trtllm-run", "connectors", "check", "config")
 """Each is a module of this package (`_` for `-`) with `add_arguments(parser)`, `run(arguments) -> int` and a docstring
 that says what the command does, with examples."""
 

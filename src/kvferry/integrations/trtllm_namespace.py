@@ -36,7 +36,7 @@ _OUTPUTS = {
     "RequestOutput": "kvferry.engine.outputs:RequestOutput",
 }
 _LOGGER = {"logger": "kvferry.integrations.trtllm_shapes:logger"}
-_REQUEST = {"LlmRequest": "kvferry.connector.api:Request"}
+_REQUEST = {"LlmRequest": "kvferry.engine.sequence:Sequence"}
 _CONNECTOR = {
     "KvCacheConnectorScheduler": "kvferry.connector.api:KvCacheConnectorScheduler",
     "KvCacheConnectorWorker": "kvferry.connector.api:KvCacheConnectorWorker",

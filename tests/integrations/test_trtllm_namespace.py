@@ -13,9 +13,9 @@ import pytest
 
 from kvferry.config import KvCacheConfig as OwnKvCacheConfig
 from kvferry.connector.presets import presets
-from kvferry.errors import ConfigError
 from kvferry.engine.sampling import SamplingParams
 from kvferry.engine.sequence import Sequence, SequenceStatus
+from kvferry.errors import ConfigError
 from kvferry.integrations.trtllm_namespace import NAMES, ROOT, install
 from kvferry.integrations.trtllm_shapes import Logger
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, SamplingParams
-from kvferry.testing.connectors import SHELVES, Shelf, shelf_config
+from kvferry.testing.shelf import SHELVES, Shelf, shelf_config
 
 from .conftest import make_prompt
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, SamplingParams
+from kvferry.engine.handle import follow
 from kvferry.engine.kv_pool import free_bytes, most_pool_bytes
 from kvferry.engine.outputs import FinishReason, RequestOutput
 from kvferry.errors import EngineDeadError, RequestError, UnknownPresetError
@@ -64,6 +65,8 @@ def test_bad_request_is_refused_by_the_limit_it_breaks(llm: LLM, prompt: Any, pa
         ({"seed": -1}, "seed"),
         ({"stop": ""}, "stop must be non-empty strings"),
         ({"stop": ["a", 3]}, "stop"),
+        ({"cache_salt": ""}, "cache_salt must be a non-empty string"),
+        ({"cache_salt": "a\ud800"}, "cache_salt must be Unicode text"),
     ],
 )
 def test_bad_sampling_value_is_named(values: dict[str, Any], message: str) -> None:
@@ -172,6 +175,41 @@ def test_abort_ends_a_request_and_spares_others(llm: LLM) -> None:
     assert 1 <= len(output.token_ids) < 200
     assert other.result(timeout=60).finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
     doomed.abort()
+
+
+def test_a_reader_whose_event_loop_is_gone_harms_nobody(llm: LLM) -> None:
+    handle = llm.generate_async([5, 6], SamplingParams(max_tokens=100, ignore_eos=True))
+    loop, outputs = asyncio.new_event_loop(), aiter(handle)
+    loop.run_until_complete(anext(outputs))
+    loop.close()
+    assert len(handle.result(timeout=60).token_ids) == 100
+    assert llm.failure is None
+
+
+def test_several_requests_are_followed_at_once(llm: LLM) -> None:
+    prompts = [[5, 6], [7], [8, 9, 10]]
+    expected = [llm.generate(prompt, SamplingParams(max_tokens=4 + len(prompt))) for prompt in prompts]
+
+    async def follow_all() -> list[list[RequestOutput]]:
+        handles = [llm.generate_async(prompt, SamplingParams(max_tokens=4 + len(prompt))) for prompt in prompts]
+        seen: list[list[RequestOutput]] = [[] for _ in handles]
+        async for index, output in follow(handles):
+            seen[index].append(output)
+        return seen
+
+    for outputs, output in zip(asyncio.run(follow_all()), expected, strict=True):
+        assert outputs[-1].token_ids == output.token_ids
+        assert outputs[-1].finished
+        assert all(len(earlier.token_ids) < len(later.token_ids) for earlier, later in pairwise(outputs))
+
+
+@pytest.mark.parametrize("num_prompt", [1, 200, 255])
+def test_the_largest_max_tokens_fits_and_one_more_does_not(llm: LLM, num_prompt: int) -> None:
+    most = llm.max_new_tokens(num_prompt)
+    prompt = make_prompt(num_prompt)
+    assert llm.generate(prompt, SamplingParams(max_tokens=most)).finished
+    with pytest.raises(RequestError, match="exceed the pool's limit"):
+        llm.generate(prompt, SamplingParams(max_tokens=most + 1))
 
 
 def test_shutdown_aborts_what_runs_and_refuses_more(llama: str) -> None:

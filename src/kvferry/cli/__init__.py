@@ -11,7 +11,7 @@ from importlib import import_module
 import kvferry
 from kvferry.errors import KVFerryError
 
-COMMANDS = ("demo", "generate", "trtllm-run", "connectors", "config")
+COMMANDS = ("demo", "generate", "serve", "trtllm-run", "connectors", "check", "config")
 """Each is a module of this package (`_` for `-`) with `add_arguments(parser)`, `run(arguments) -> int` and a docstring
 that says what the command does, with examples."""
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kvferry {arguments.command}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, ValueError | ImportError) else EXIT_FAILED
     except ImportError as error:  # an extra is not installed; kvferry's own errors say which
-        hint = ": pip install 'kvferry[engine,demo]'" if isinstance(error, ModuleNotFoundError) else ""
+        hint = ": pip install 'kvferry[engine,demo,serve]'" if isinstance(error, ModuleNotFoundError) else ""
         print(f"kvferry {arguments.command}: {error}{hint}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:

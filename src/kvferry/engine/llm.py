@@ -28,7 +28,7 @@ from kvferry.engine.model import load_model
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.rank import make_worker, part_of_kv, plan_first_rank
 from kvferry.engine.ranks import Ranks
-from kvferry.engine.sampling import SamplingParams
+from kvferry.engine.sampling import SamplingParams, is_unicode
 from kvferry.engine.scheduler import Limits, Scheduler
 from kvferry.engine.sequence import Sequence
 from kvferry.engine.text import Detokenizer
@@ -265,6 +265,8 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this model's folder has no tokenizer: give the prompt as a list of token ids")
+            if not is_unicode(prompt):
+                raise RequestError("the prompt is no Unicode text: it holds half of a surrogate pair")
             return list(self.tokenizer.encode(prompt)) if prompt else []
         if not isinstance(prompt, list):
             raise RequestError(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
@@ -276,7 +278,17 @@ class LLM:
         self._core.submit(sequence, handle.on_progress)
         return handle
 
+    def max_new_tokens(self, num_prompt_tokens: int) -> int:
+        """The largest `max_tokens` that a prompt of so many tokens may ask for; below 1 if it is too long."""
+        pool_tokens = self._pool.num_blocks * self._pool.tokens_per_block
+        return min(self._max_positions, pool_tokens + 1) - num_prompt_tokens
+
     # -- the end -----------------------------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine's loop, or None."""
+        return self._core.failure
 
     def check(self) -> None:
         """Prove that the pool's books are right, between two iterations. InvariantError: they are not."""
@@ -298,6 +310,7 @@ class LLM:
 def _connect(args: LlmArgs, pool: KvPool, ranks: Ranks | None) -> KvCacheConnectorManager:
     """Make both halves in the order the API promises: all workers have their pools before the scheduler half exists."""
     worker = make_worker(args, pool)
+    scheduler = None
     try:
         if ranks is not None:
             ranks.await_started()
@@ -305,6 +318,8 @@ def _connect(args: LlmArgs, pool: KvPool, ranks: Ranks | None) -> KvCacheConnect
         scheduler.wait_for_initialization()
     except BaseException:
         worker.shutdown()
+        if scheduler is not None:
+            scheduler.shutdown()
         raise
     return KvCacheConnectorManager(args, worker, scheduler, ranks.collective if ranks is not None else None)
 

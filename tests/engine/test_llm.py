@@ -248,6 +248,7 @@ def test_the_sequence_limit_bounds_requests_and_the_default_pool(llama: str) -> 
         assert len(llm.generate(make_prompt(60), SamplingParams(max_tokens=4, ignore_eos=True)).token_ids) == 4
         with pytest.raises(RequestError, match="exceed max_seq_len, the limit of 64 tokens"):
             llm.generate(make_prompt(60), SamplingParams(max_tokens=5))
+        assert llm.max_new_tokens(60) == 4
     with LLM(llama, kv_cache_config=KvCacheConfig(max_tokens=256), max_seq_len=1 << 20) as llm:
         assert llm._max_positions == 4096, "the model's own limit stands"
 

@@ -41,7 +41,7 @@ def options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("KVFERRY_CHUNK_TOKENS", str(CHUNK))
     monkeypatch.setenv("KVFERRY_L1_SIZE_GB", "0.05")
     yield
-    assert not adapter._meetings
+    assert not adapter._begun
 
 
 def make_llm(model: str, connector: KvCacheConnectorConfig | None = CONNECTOR) -> LLM:
@@ -191,6 +191,25 @@ def test_an_offer_that_is_taken_in_part_ends_the_pass_and_one_not_taken_does_not
     assert (host.pool[10:15] == 7).all(), "nothing is written over what the engine computes"
     with pytest.raises(ConnectorError, match=r"requests \[3\]"):
         host.run(HostRequest(3, tokens), [20, 21, 22, 23, 24], num_taken=2 * BLOCK)
+
+
+def test_halves_made_from_different_objects_meet_unless_it_could_be_another_s(models: dict[str, str]) -> None:
+    tokens = list(range(2 * CHUNK + 1))
+    hosts = [Host(models["llama"]) for _ in range(3)]
+    for host in hosts:
+        host.worker.register_kv_caches(host.pool)
+    strangers = [adapter.KVFerryConnectorScheduler(SimpleNamespace()) for _ in range(2)]
+    strangers[0].wait_for_initialization()
+    assert strangers[0]._half is None, "three wait: it could be anyone's"
+    hosts[0].scheduler.wait_for_initialization()
+    assert hosts[1].run(HostRequest(1, tokens), [0, 1, 2, 3, 4]) == 0, "begins with the first match at the latest"
+    assert hosts[1].scheduler._half is not None
+    strangers[1].wait_for_initialization()
+    assert strangers[1]._half is not None
+    for host in hosts:
+        host.close()
+    for stranger in strangers:
+        stranger.shutdown()
 
 
 @pytest.mark.parametrize(

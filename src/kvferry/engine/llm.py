@@ -281,7 +281,7 @@ class LLM:
     def max_new_tokens(self, num_prompt_tokens: int) -> int:
         """The largest `max_tokens` that a prompt of so many tokens may ask for; below 1 if it is too long."""
         pool_tokens = self._pool.num_blocks * self._pool.tokens_per_block
-        return min(self._loaded.max_positions, pool_tokens + 1) - num_prompt_tokens
+        return min(self._max_positions, pool_tokens + 1) - num_prompt_tokens
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

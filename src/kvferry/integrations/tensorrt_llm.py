@@ -47,21 +47,16 @@ _CONNECTOR = KvCacheConnectorConfig(connector="kvferry", options={"async_load": 
 """Never beside the passes: TensorRT-LLM has no word for an asynchronous load that failed."""
 
 
-@dataclass(slots=True)
-class _Meeting:
-    """Where the two halves of one engine meet, in the process of rank 0. args: None until the pools are registered, and
-    where nothing is kept."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Begun:
+    """A worker half of rank 0 that has begun with `args`, and what it was made from."""
 
     host_args: Any
-    args: LlmArgs | None = None
+    args: LlmArgs
 
 
-_meetings: dict[int, _Meeting] = {}
-"""By the identity of TensorRT-LLM's arguments, which both halves are given and which is kept alive here."""
-
-
-def _meet(host_args: Any) -> _Meeting:
-    return _meetings.setdefault(id(host_args), _Meeting(host_args))
+_begun: list[_Begun] = []
+"""Those whose scheduler half, which lives in the same process, has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +106,30 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):  # type: ignore[misc
 
     def __init__(self, llm_args: Any) -> None:
         super().__init__(llm_args)
-        self._meeting = _meet(llm_args)
         self._half: offload.KVFerryConnectorScheduler | None = None
         self._requests: dict[int, _Request] = {}
         atexit.register(self.shutdown)
 
     def wait_for_initialization(self) -> None:
-        """Older versions of TensorRT-LLM do not call this, so the first match does."""
-        if self._half is None and self._meeting.args is not None:
-            self._half = offload.KVFerryConnectorScheduler(self._meeting.args)
-            self._half.wait_for_initialization()
+        """Begin as this engine's worker half has. TensorRT-LLM makes both from one object; if somebody between us has
+        made another of it, the worker half is the one that waits, unless several do."""
+        if not self._begin_with_own() and len(_begun) == 1:
+            self._begin(_begun[0])
+
+    def _begin_with_own(self) -> bool:
+        own = [begun for begun in _begun if begun.host_args is self._llm_args]
+        for begun in own:
+            self._begin(begun)
+        return bool(own)
+
+    def _begin(self, begun: _Begun) -> None:
+        _begun.remove(begun)
+        self._half = offload.KVFerryConnectorScheduler(begun.args)
+        self._half.wait_for_initialization()
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        self.wait_for_initialization()
+        if self._half is None:
+            self._begin_with_own()  # older versions of TensorRT-LLM do not call `wait_for_initialization`
         named = _Request(request)
         if self._half is None or not named.can_be_named:
             return 0, False
@@ -175,7 +181,6 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):  # type: ignore[misc
         """kvferry's engine calls this; under TensorRT-LLM the process's end does."""
         atexit.unregister(self.shutdown)
         half, self._half = self._half, None
-        self._meeting.args = None
         if half is not None:
             half.shutdown()
 
@@ -185,7 +190,6 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
 
     def __init__(self, llm_args: Any) -> None:
         super().__init__(llm_args)
-        self._meeting = _meet(llm_args)
         self._half: offload.KVFerryConnectorWorker | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         atexit.register(self.shutdown)
@@ -255,7 +259,8 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
         assert isinstance(layout, KvCacheLayout)
         self._half = offload.KVFerryConnectorWorker(args)
         self._half.register_kv_cache_layout(layout)
-        self._meeting.args = args
+        if args.rank == 0:
+            _begun.append(_Begun(self._llm_args, args))
 
     def _own_args(self, origin: _Origin, layout: KvCacheLayout) -> LlmArgs | None:
         """What the pools and TensorRT-LLM's arguments say, in kvferry's terms. How a page's elements are divided into
@@ -327,7 +332,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
         """kvferry's engine calls this; under TensorRT-LLM the process's end does."""
         atexit.unregister(self.shutdown)
         half, self._half = self._half, None
-        _meetings.pop(id(self._llm_args), None)
+        _begun[:] = [begun for begun in _begun if begun.host_args is not self._llm_args]
         if half is not None:
             half.shutdown()
         if self._folder is not None:

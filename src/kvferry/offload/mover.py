@@ -28,6 +28,8 @@ class JobEnds(Protocol):
 
     def done(self, job_id: int, rank: int, ok: bool) -> None: ...
 
+    def is_alive(self) -> bool: ...
+
 
 class ArenaStore(Protocol):
     """A store and this process's mapping of its arena."""
@@ -139,7 +141,7 @@ class Mover:
             if state is None:
                 return Readiness.NEVER
             if state != COMMITTED:
-                return Readiness.NOT_YET
+                return Readiness.NOT_YET if self._store.is_alive() else Readiness.NEVER
         return Readiness.READY
 
     # -- copies ------------------------------------------------------------------------------------------------------

@@ -254,7 +254,11 @@ class Store:
                     self._leases.end(lease)
                     self._give_back(lease)
 
-    def poll(self, timeout_seconds: float = 0.0) -> PollResult:
+    def unregister(self, engine: str) -> None:
+        with self._lock:
+            self._engines.pop(engine, None)
+
+    def poll(self, timeout_seconds: float = 0.0, *, owner: str = "local") -> PollResult:
         """See `BlockStore.poll`. A load that its tiers have not answered within `load_deadline_seconds` has failed."""
         with self._lock:
             self._expire()

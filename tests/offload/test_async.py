@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvferry.engine.sequence import SequenceStatus
-from kvferry.offload import embedded
+from kvferry.store import assembly
 from kvferry.store.disk import DiskStore
 from kvferry.testing.fake_engine import FakeEngine
 from kvferry.testing.faults import FaultyByteStore
@@ -33,7 +33,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultyByteStore]]
         made.append(FaultyByteStore(DiskStore(*arguments)))
         return made[-1]
 
-    monkeypatch.setattr(embedded, "DiskStore", make)
+    monkeypatch.setattr(assembly, "DiskStore", make)
     yield made
     for backend in made:
         backend.gate.set()

@@ -18,8 +18,7 @@ from kvferry.server.endpoint import Endpoint
 from kvferry.server.server import StoreServer
 from kvferry.store.base import Match, PollResult
 from kvferry.store.store import Store
-
-from .conftest import Served, ServerProcess, serve, wait_until
+from kvferry.testing.servers import Served, ServerProcess, serve, wait_until
 
 GEOMETRY = Geometry("weights", "layout", 16, 1, (GroupSpec(GroupKind.FULL, (0,), 4096),))
 TWO_RANKS = Geometry("weights", "layout", 16, 2, (GroupSpec(GroupKind.FULL, (0,), 4096),))
@@ -162,6 +161,7 @@ def test_a_server_that_does_not_answer_is_soon_not_asked(
     client = make_client(served.url)
     client.register("engine", 0, GEOMETRY)
     save(client)
+    assert client.match(GEOMETRY, KEYS).num_chunks == 3
     mute = Mute(served)
     mute.answers = False
     start = time.monotonic()
@@ -214,7 +214,7 @@ def test_questions_wait_for_nothing_but_their_answer(served: Served, make_client
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[ServerProcess]:
-    process = ServerProcess(tmp_path)
+    process = ServerProcess(tmp_path, "--chunk-size", "16", "--l1-size-gb", "0.002")
     yield process
     process.stop()
 

@@ -49,8 +49,7 @@ from kvferry.server.protocol import (
 from kvferry.server.server import StoreServer
 from kvferry.server.sessions import SILENCE_SECONDS, greeting
 from kvferry.store.keys import root_key
-
-from .conftest import Served, serve, wait_until
+from kvferry.testing.servers import Served, ServerProcess, serve, wait_until
 
 GEOMETRY = Geometry("weights", "layout", 16, 1, (GroupSpec(GroupKind.FULL, (0,), 4096),))
 ROOT = root_key(GEOMETRY)
@@ -341,10 +340,12 @@ def test_a_clock_that_stood_still_ends_no_session(served: Served, peer: Peer) ->
     assert leases(served) == 1
 
 
-def test_the_server_needs_no_torch() -> None:
-    modules = "kvferry.server.server, kvferry.server.answers, kvferry.server.client, kvferry.store.assembly, sys"
-    code = f"import {modules}; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
+def test_the_process_maps_no_torch(tmp_path: Path) -> None:
+    process = ServerProcess(tmp_path, "--l1-size-gb", "0.002")
+    mapped = Path(f"/proc/{process.popen.pid}/maps").read_text()
+    assert "libzmq" in mapped
+    assert "libtorch" not in mapped
+    process.stop()
 
 
 def test_options_of_another_chunk_size_are_named(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
     def __init__(self, llm_args: LlmArgs) -> None:
         super().__init__(llm_args)
         self._options = _options(llm_args)
-        self._store = open_for_rank(llm_args, self._options)
+        self._store, self._close_store = open_for_rank(llm_args, self._options)
         self._layouts: list[Layout] = []
         self._passing_groups: frozenset[int] = frozenset()
         self._mover: Mover | None = None
@@ -259,9 +259,8 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         if self._mover is not None:
             self._mover.close()
             self._mover = None
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        self._store = None
+        self._close_store()
 
     def _end_loads(self) -> None:
         """Wait for the pass's loads; those that were never begun have failed."""

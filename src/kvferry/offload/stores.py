@@ -50,9 +50,6 @@ class RankStore(Protocol):
     def take_arena(self) -> Arena:
         """The newest arena."""
 
-    def close(self) -> None:
-        """To be called once."""
-
 
 @dataclass(frozen=True, slots=True)
 class RankArena:
@@ -65,11 +62,10 @@ class RankArena:
 class _EmbeddedRank:
     """The store in this process, as a `RankStore`."""
 
-    def __init__(self, store: Store, engine_id: str) -> None:
+    def __init__(self, store: Store) -> None:
         self.has_other_arena = True
         self.register = store.register
         self.done = store.done
-        self.close = partial(EMBEDDED.release, engine_id)
         self._store = store
 
     def is_alive(self) -> bool:
@@ -90,20 +86,18 @@ def open_for_scheduler(llm_args: LlmArgs, options: StoreOptions) -> tuple[BlockS
     return client, client.close
 
 
-def open_for_rank(llm_args: LlmArgs, options: StoreOptions) -> RankStore | None:
-    """The store for one rank's worker half. None: it cannot be made, which was logged."""
+def open_for_rank(llm_args: LlmArgs, options: StoreOptions) -> tuple[RankStore | None, Callable[[], None]]:
+    """The same for one rank's worker half."""
     url = _server_url(llm_args, options)
     ranks_url = _ranks_url(llm_args)
     if url is None and ranks_url is not None and llm_args.rank > 0:
         url = ranks_url
         options = dataclasses.replace(options, connect_deadline_seconds=_RANKS_CONNECT_SECONDS)
     if url is not None:
-        return StoreClient(url, options, name=f"{llm_args.engine_id} rank {llm_args.rank}", maps_arena=True)
+        client = StoreClient(url, options, name=f"{llm_args.engine_id} rank {llm_args.rank}", maps_arena=True)
+        return client, client.close
     store = EMBEDDED.acquire(llm_args.engine_id, options, ranks_url)
-    if store is None:
-        EMBEDDED.release(llm_args.engine_id)
-        return None
-    return _EmbeddedRank(store, llm_args.engine_id)
+    return _EmbeddedRank(store) if store is not None else None, partial(EMBEDDED.release, llm_args.engine_id)
 
 
 def _server_url(llm_args: LlmArgs, options: StoreOptions) -> str | None:

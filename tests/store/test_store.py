@@ -270,12 +270,12 @@ def test_memory_that_runs_out_is_no_room(rig: Rig, monkeypatch: pytest.MonkeyPat
     rig.store.close()
     claim = Arena.claim
 
-    def claim_three(self: Arena, slab: int) -> None:
-        if slab >= 3:
+    def claim_a_dozen(self: Arena, unit: int) -> None:
+        if unit >= 12:
             raise OSError(errno.ENOSPC, "No space left on device")
-        claim(self, slab)
+        claim(self, unit)
 
-    monkeypatch.setattr(Arena, "claim", claim_three)
+    monkeypatch.setattr(Arena, "claim", claim_a_dozen)
     rig.store = rig.open()
     for prompt in range(50):
         keys = keys_of(GEOMETRY, 4, first_token=1000 + prompt)

@@ -30,12 +30,12 @@ from kvferry.config import StoreOptions
 from kvferry.errors import ConfigError
 from kvferry.hit import longest_hit, needed_units
 from kvferry.observability.metrics import Meter
-from kvferry.store.arena import ALIGNMENT, Arena
+from kvferry.store.arena import Arena
 from kvferry.store.base import ArenaInfo, Match, PollResult
 from kvferry.store.index import Entry, EntryId, EntryState, Index, Wanted
 from kvferry.store.keys import root_key
 from kvferry.store.leases import Lease, LeaseTable
-from kvferry.store.slots import choose_slab_bytes, fits
+from kvferry.store.slots import fits
 from kvferry.store.stack import TierStack
 from kvferry.store.tier import ByteTier
 
@@ -63,7 +63,7 @@ class Store:
         self._clock = clock
         self._arena = Arena.create(int(options.l1_size_gb * 1e9), options.arena_dir)
         self._tiers = TierStack(tiers, self._arena.info.num_bytes // WRITING_SHARE)
-        self._index: Index | None = None
+        self._index = Index(self._arena, options.eviction_policy)
         self._engines: dict[str, dict[int, Geometry]] = {}
         self._roots: dict[Geometry, bytes] = {}
         self._lease_seconds = lease_seconds
@@ -77,7 +77,7 @@ class Store:
         self._closed = False
 
     def register(self, engine: str, rank: int, geometry: Geometry) -> None:
-        """See `BlockStore.register`. The first geometry decides how the arena is cut."""
+        """See `BlockStore.register`."""
         sizes = [group.part_bytes for group in geometry.groups]
         if not sizes or min(sizes) <= 0 or not 0 <= rank < geometry.num_ranks or geometry.chunk_tokens < 1:
             raise ConfigError(f"rank {rank} of engine {engine} declares an impossible geometry: {geometry}")
@@ -87,12 +87,7 @@ class Store:
                 raise ConfigError(f"ranks of engine {engine} declare different geometries; rank {rank}: {geometry}")
             if self._closed:
                 raise ConfigError(f"engine {engine} registers with a store that is closed")
-            if self._index is None:
-                slab_bytes = choose_slab_bytes(self._arena.info.num_bytes - ALIGNMENT, sizes, geometry.num_ranks)
-                if slab_bytes is not None:
-                    self._arena.cut(slab_bytes)
-                    self._index = Index(self._arena, self._options.eviction_policy)
-            if self._index is None or not fits(self._arena, sizes, geometry.num_ranks):
+            if not fits(self._arena, sizes, geometry.num_ranks):
                 raise ConfigError(
                     f"a chunk of {geometry.num_ranks} x {sizes} bytes does not fit the arena of "
                     f"{self._arena.info.num_bytes} bytes: set l1_size_gb higher or chunk_tokens lower"
@@ -143,7 +138,7 @@ class Store:
         with self._lock:
             self._expire()
             wanted = self._wanted(geometry, keys, first_chunk)
-            if self._index is None or self._closed or not wanted:
+            if self._closed or not wanted:
                 return None
             entries = [self._index.get(want.id) for _, want in wanted]
             missing = [want for (_, want), entry in zip(wanted, entries, strict=True) if entry is None]
@@ -181,7 +176,7 @@ class Store:
         """See `BlockStore.begin_store`. A full-attention part without its parent is not stored: no hit finds it."""
         with self._lock:
             self._expire()
-            if self._index is None or self._closed:
+            if self._closed:
                 return None
             by_chunk: dict[int, list[Wanted]] = {}
             for chunk, want in self._wanted(geometry, keys, first_chunk):
@@ -275,14 +270,12 @@ class Store:
             values["leases"] = len(self._leases)
             values["leases_lapsed_writing"] = len(self._leases.lapsed)
             values["parts_being_written_through"] = self._writing.total()
-            if self._index is not None:
-                values.update(self._index.counts())
-            return {**values, **self._tiers.stats()}
+            return {**values, **self._index.counts(), **self._tiers.stats()}
 
     def check(self) -> None:
         """See `BlockStore.check`."""
         with self._lock:
-            if self._index is None:
+            if self._closed:
                 return
             filling = Counter(entry.id for entry in self._index if entry.state is EntryState.PROMOTING)
             withdrawn = [slot for lease in self._leases.lapsed for slot in lease.slots]
@@ -297,9 +290,7 @@ class Store:
             self._answered.notify_all()
         self._tiers.close(self._options.close_deadline_seconds)
         with self._lock:
-            if self._index is not None:
-                self._index.close()
-            self._index = None
+            self._index.close()
             self._leases = self._no_leases()
             self._arena.close()
 
@@ -316,16 +307,15 @@ class Store:
         return wanted
 
     def _entry(self, entry_id: EntryId) -> Entry:
-        entry = self._index.get(entry_id) if self._index is not None else None
+        entry = self._index.get(entry_id)
         assert entry is not None, "what was just reserved or pinned is there"
         return entry
 
     def _locate(self, geometry: Geometry, keys: Sequence[bytes], group: int) -> list[Tier | None]:
         """The nearest place of this group of each chunk."""
-        index = self._index
-        if index is None or self._closed or geometry not in self._roots:
+        if self._closed or geometry not in self._roots:
             return [None] * len(keys)
-        entries = [index.get((key, group)) for key in keys]
+        entries = [self._index.get((key, group)) for key in keys]
         tiers = [_tier_of(entry) for entry in entries]
         absent = [chunk for chunk, entry in enumerate(entries) if entry is None]
         below = self._tiers.locate([keys[chunk] for chunk in absent], group, geometry.num_ranks)
@@ -336,7 +326,6 @@ class Store:
     def _is_orphan(self, geometry: Geometry, chunk: int, want: Wanted) -> bool:
         if chunk == 0 or geometry.groups[want.id[1]].kind is not GroupKind.FULL:
             return False
-        assert self._index is not None
         parent = (want.parent, want.id[1])
         return self._index.get(parent) is None and self._tiers.source(parent, want.num_ranks) is None
 
@@ -346,7 +335,7 @@ class Store:
     def _arrived(self, entry: Entry, ok: bool) -> None:
         """A tier has finished with one part of an entry; called in its thread."""
         with self._lock:
-            if self._index is None:  # It answers after closing gave up on it.
+            if self._closed:  # It answers after closing gave up on it.
                 return
             entry.num_awaited -= 1
             entry.failed |= not ok
@@ -394,7 +383,6 @@ class Store:
                 self._take_back(lease, writing=True)
 
     def _commit(self, lease: Lease) -> None:
-        assert self._index is not None
         self._meter.add("stored_bytes", lease.num_bytes)
         for entry in lease.entries:
             self._index.commit(entry)
@@ -402,14 +390,13 @@ class Store:
             self._tiers.write(entry, self._arena.view, self._writing_begins, self._written)
 
     def _writing_begins(self, entry: Entry) -> None:
-        assert self._index is not None, "what is written was reserved"
         self._index.pin(entry)
         self._writing[entry.id] += 1
 
     def _written(self, entry: Entry, ok: bool) -> None:
         """A tier needs one part of an entry no more; called in its thread."""
         with self._lock:
-            if self._index is None:
+            if self._closed:
                 return
             self._index.unpin(entry)
             self._writing[entry.id] -= 1
@@ -417,13 +404,11 @@ class Store:
                 del self._writing[entry.id]
 
     def _unpin(self, lease: Lease) -> None:
-        assert self._index is not None
         for entry in lease.entries:
             self._index.unpin(entry)
 
     def _take_back(self, lease: Lease, *, writing: bool) -> None:
         """End a job that will not be done. `writing`: its ranks may still write to its slots, if it is a store."""
-        assert self._index is not None
         if lease.job.kind is JobKind.LOAD:
             self._leases.end(lease)
             self._unpin(lease)
@@ -436,12 +421,10 @@ class Store:
             self._drop(lease)
 
     def _drop(self, lease: Lease) -> None:
-        assert self._index is not None
         for entry in lease.entries:
             self._index.drop(entry)
 
     def _give_back(self, lease: Lease) -> None:
-        assert self._index is not None
         self._index.give_back(lease.slots)
 
 

@@ -151,7 +151,7 @@ class EngineLife(RuleBasedStateMachine):
             self.store.check()
             if not (self.engine.scheduler.has_requests or self.engine.scheduler.has_transfers):
                 stats = self.store.stats()
-                assert stats["leases"] == stats["leases_lapsed_writing"] == 0
+                assert stats["leases"] == stats["slots_withdrawn"] == 0
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):

@@ -21,13 +21,16 @@ import os
 import secrets
 import stat
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from kvferry.blocks import Slot
 from kvferry.errors import ArenaError
 from kvferry.store.base import ArenaInfo
+from kvferry.store.locks import Range, lock_ranges, locked_range
 
 _SHARED_MEMORY: Final = "/dev/shm"  # noqa: S108 the folder below is checked to be the user's own
 ALIGNMENT: Final = 4096
@@ -70,6 +73,7 @@ class SlotHeader:
     parent: bytes
 
 
+@lru_cache(maxsize=1024)
 def slot_stride(num_bytes: int) -> int:
     """Distance between slots whose payloads have `num_bytes`."""
     alignment = ALIGNMENT if num_bytes >= ALIGNMENT else SMALL_ALIGNMENT
@@ -91,6 +95,23 @@ def unit_bytes_of(arena_bytes: int) -> int:
     return min(max(share, _LEAST_UNIT_BYTES), _MOST_UNIT_BYTES) + ALIGNMENT
 
 
+class Writing:
+    """The right to write to slots, from `Arena.begin_writing` until `end`, or until this process ends."""
+
+    def __init__(self, lock: int) -> None:
+        self._lock = lock
+
+    def end(self) -> None:
+        """Nothing is written any more. To be called once."""
+        os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
 class Arena:
     """The mapping of one arena, made by `create` (its owner) or `attach` (everyone else). Thread-safe."""
 
@@ -99,6 +120,9 @@ class Arena:
         self._path = path
         self._fd = fd
         self._owner = owner
+        if (lock := lock_ranges(fd, [])) is None:
+            raise ArenaError(f"the kernel gives no locks on {path}: /proc must be mounted")
+        os.close(lock)
         self._map = mmap.mmap(fd, num_bytes)
         self.buffer = memoryview(self._map)
         self.unit_bytes = unit_bytes_of(num_bytes)
@@ -123,7 +147,7 @@ class Arena:
             os.ftruncate(fd, num_bytes)
             os.posix_fallocate(fd, 0, _layout(num_bytes)[1])
             arena = cls(file, fd, num_bytes, boot_id, owner=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ArenaError) as error:
             file.unlink()
             os.close(fd)
             raise ArenaError(f"an arena of {num_bytes} bytes cannot be made in {path}: {error}") from error
@@ -220,10 +244,28 @@ class Arena:
     def holds(self, slot: Slot) -> bool:
         """Whether the slot still keeps the part it was leased for.
 
-        A writer asks before it writes, a reader after it has read: the generation changes before bytes do.
+        A reader asks after it has read: the generation changes before bytes do.
         """
         at = self._header_offset(slot.offset)
         return at is not None and _STATE.unpack_from(self.buffer, at)[0] == slot.generation
+
+    def begin_writing(self, slots: Sequence[Slot]) -> Writing | None:
+        """Ask before the first byte is written. None: a slot keeps another part by now, or someone still writes to it.
+
+        The lock comes before the question whether the slots are still the writer's own, and whoever takes a slot away
+        clears its header before it asks for locks (`is_written`): so one of the two always sees the other.
+        """
+        lock = lock_ranges(self._fd, map(_range_of, slots))
+        if lock is None:
+            return None
+        if all(map(self.holds, slots)):
+            return Writing(lock)
+        os.close(lock)
+        return None
+
+    def is_written(self, slot: Slot) -> bool:
+        """Whether someone, in this process or another, has begun to write to the slot and not ended."""
+        return locked_range(self._fd, _range_of(slot)) is not None
 
     def state_of(self, slot: Slot) -> int | None:
         """FREE, RESERVED or COMMITTED, as shared memory says now; None: the slot keeps another part, or none.
@@ -259,16 +301,21 @@ class Arena:
         return self._units_at + unit * self.unit_bytes
 
     def _header_offset(self, payload: int) -> int | None:
-        first = self.slab_of(payload)
-        if first is None:
+        unit = (payload - self._units_at) // self.unit_bytes
+        first = self._table[unit] if 0 <= unit < self.num_units else 0
+        if not 0 < first <= unit + 1:
             return None
-        slab_at = self._unit_offset(first)
+        slab_at = self._units_at + (first - 1) * self.unit_bytes
         stride, num_slots, _, _, payloads_at = _SLAB_HEADER.unpack_from(self.buffer, slab_at)
         index, rest = divmod(payload - slab_at - payloads_at, stride) if stride else (0, 1)
         return slab_at + _HEADER_BYTES * (1 + index) if rest == 0 and 0 <= index < num_slots else None
 
     def _write_state(self, header_offset: int, state: int) -> None:
         _STATE.pack_into(self.buffer, header_offset + _STATE_OFFSET, state)
+
+
+def _range_of(slot: Slot) -> Range:
+    return slot.offset, slot.offset + slot_stride(slot.num_bytes)
 
 
 def _default_folder() -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,26 +114,29 @@ class Index:
         self._evictor.unpin(entry.id)
 
     def withdraw(self, entry: Entry) -> None:
-        """The entry is gone, but someone may still write to its slots: they stay unused until `give_back`.
+        """The entry is gone, but someone may still write to its slots: they stay unused until `reclaim`.
 
-        A writer that has not begun sees by the header (`Arena.holds`) that it must not.
+        A writer that has not begun sees by the header that it must not.
         """
-        del self._entries[entry.id]
-        self._evictor.remove(entry.id)
-        for slot in entry.slots:
-            self._arena.set_state(slot, FREE)
+        self._forget(entry)
         self._withdrawn.update(entry.slots)
 
-    def give_back(self, slots: Iterable[Slot]) -> None:
-        """Nobody writes to these slots of withdrawn entries any more."""
-        for slot in slots:
-            self._withdrawn.remove(slot)
+    def reclaim(self) -> None:
+        """Use withdrawn slots again that nobody writes to any more."""
+        ended = [slot for slot in self._withdrawn if not self._arena.is_written(slot)]
+        self._withdrawn.difference_update(ended)
+        for slot in ended:
             self._slots.give_back(slot)
+
+    @property
+    def num_withdrawn(self) -> int:
+        return len(self._withdrawn)
 
     def drop(self, entry: Entry) -> None:
         """The entry is gone and nobody writes to its slots."""
-        self.withdraw(entry)
-        self.give_back(entry.slots)
+        self._forget(entry)
+        for slot in entry.slots:
+            self._slots.give_back(slot)
 
     def touch(self, entry: Entry) -> None:
         """The entry was used."""
@@ -160,14 +163,12 @@ class Index:
             **self._slots.counts(),
         }
 
-    def check(self, pins: Counter[EntryId], withdrawn: Iterable[Slot]) -> None:
-        """InvariantError: entries, slots, headers and evictor disagree, or pins and withdrawn slots are not these."""
+    def check(self, pins: Counter[EntryId]) -> None:
+        """InvariantError: entries, slots, headers and evictor disagree, or pins are not these."""
         for entry_id, entry in self._entries.items():
             if entry.id != entry_id:
                 raise InvariantError(f"the entry under {entry_id} says it is {entry.id}")
             self._check_headers(entry)
-        if set(withdrawn) != self._withdrawn:
-            raise InvariantError("slots are withdrawn that no lapsed job accounts for, or the reverse")
         for slot in self._withdrawn:
             if self._arena.holds(slot):
                 raise InvariantError(f"the header of withdrawn {slot} still lets writers begin")
@@ -192,15 +193,18 @@ class Index:
             victims = self._evictor.evict(enough)
             if victims is not None:
                 for victim in victims:
-                    self._free(self._entries.pop(victim))
+                    for slot in self._entries.pop(victim).slots:
+                        self._arena.set_state(slot, FREE)
+                        self._slots.give_back(slot)
                 self.num_evicted += len(victims)
                 return True
         return False
 
-    def _free(self, entry: Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.id]
+        self._evictor.remove(entry.id)
         for slot in entry.slots:
             self._arena.set_state(slot, FREE)
-            self._slots.give_back(slot)
 
     def _take(self, want: Wanted) -> tuple[Slot, ...]:
         slots: list[Slot] = []

@@ -6,11 +6,9 @@ engine, request or tensor.
 A slot that someone may still write to is never used again under them:
 
 ===================================  ======================================================================
-a store's lease lapses               its slots are withdrawn, until every rank said done or the owner's
-                                     end is known (`release`). No grace period: a process stopped in the
-                                     middle of a copy may go on at any later time. A copy not yet begun
-                                     is not begun, as the header lost its generation (`Arena.holds`)
-an owner is released                 at once: the caller vouches that the owner's copies have ended
+a store's lease lapses, its owner    its slots are withdrawn and lose their generation, so that no copy is begun
+is released, or it is cancelled      any more; they are used again once no writer has a lock on them
+                                     (`Arena.begin_writing`), which is at once if none had begun
 a load's wait for a tier ends        the entry stays PROMOTING until the tier's thread has returned
 a load's lease lapses                at once: a reader that comes late sees after its copy, by the
                                      generation, that the bytes may be others, and counts it as failed
@@ -19,6 +17,7 @@ a load's lease lapses                at once: a reader that comes late sees afte
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -42,6 +41,8 @@ from kvferry.store.tier import ByteTier
 LEASE_SECONDS: Final = 60.0
 WRITING_SHARE: Final = 4
 """At most one part in this many of the arena waits to be written to a tier: it cannot be evicted meanwhile."""
+_RECLAIM_SECONDS: Final = 0.1
+"""How often it is asked whether withdrawn slots are still being written to."""
 
 
 class Store:
@@ -68,6 +69,7 @@ class Store:
         self._roots: dict[Geometry, bytes] = {}
         self._lease_seconds = lease_seconds
         self._leases = self._no_leases()
+        self._reclaim_at = 0.0
         self._ready: list[int] = []
         self._failed: list[int] = []
         self._writing: Counter[EntryId] = Counter()
@@ -215,39 +217,32 @@ class Store:
             lease.ok &= ok
             if lease.ranks:
                 return
-            was_lapsed = self._leases.is_lapsed(lease)
             self._leases.end(lease)
-            if was_lapsed:
-                self._give_back(lease)
-            elif lease.job.kind is JobKind.LOAD:
+            if lease.job.kind is JobKind.LOAD:
                 self._meter.add("loaded_bytes" if lease.ok else "failed_loads", lease.num_bytes if lease.ok else 1)
                 self._unpin(lease)
             elif lease.ok:
                 self._commit(lease)
             else:
                 self._meter.add("failed_stores")
-                self._drop(lease)
+                for entry in lease.entries:
+                    self._index.drop(entry)
 
     def cancel(self, job_id: int) -> None:
         """See `BlockStore.cancel`. Promotions that are under way go on and are committed."""
         with self._lock:
             lease = self._leases.find(job_id)
-            if lease is None or self._leases.is_lapsed(lease):
+            if lease is None:
                 self._meter.add("unknown_jobs")
             else:
-                was_told = len(lease.ranks) < lease.entries[0].wanted.num_ranks
-                self._take_back(lease, writing=was_told)
+                self._take_back(lease)
 
     def release(self, owner: str) -> None:
-        """Return all that `owner` leased. The caller vouches that the owner's copies have ended, as with its death."""
+        """Return all that `owner` leased. Its ranks may still be copying."""
         with self._lock:
             for lease in self._leases:
                 if lease.owner == owner:
-                    self._take_back(lease, writing=False)
-            for lease in self._leases.lapsed:
-                if lease.owner == owner:
-                    self._leases.end(lease)
-                    self._give_back(lease)
+                    self._take_back(lease)
 
     def poll(self, timeout_seconds: float = 0.0) -> PollResult:
         """See `BlockStore.poll`. A load that its tiers have not answered within `load_deadline_seconds` has failed."""
@@ -268,7 +263,6 @@ class Store:
         with self._lock:
             values: dict[str, float] = {**self._meter.snapshot(), "arena_bytes": self._arena.info.num_bytes}
             values["leases"] = len(self._leases)
-            values["leases_lapsed_writing"] = len(self._leases.lapsed)
             values["parts_being_written_through"] = self._writing.total()
             return {**values, **self._index.counts(), **self._tiers.stats()}
 
@@ -278,8 +272,7 @@ class Store:
             if self._closed:
                 return
             filling = Counter(entry.id for entry in self._index if entry.state is EntryState.PROMOTING)
-            withdrawn = [slot for lease in self._leases.lapsed for slot in lease.slots]
-            self._index.check(self._writing + filling + self._leases.pins(), withdrawn)
+            self._index.check(self._writing + filling + self._leases.pins())
 
     def close(self) -> None:
         """See `BlockStore.close`. Copies of this store's arena must have ended."""
@@ -292,6 +285,7 @@ class Store:
         with self._lock:
             self._index.close()
             self._leases = self._no_leases()
+            self._reclaim_at = math.inf
             self._arena.close()
 
     def _wanted(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> list[tuple[int, Wanted]]:
@@ -380,7 +374,13 @@ class Store:
             if lease.awaited:
                 self._fail(lease)
             else:
-                self._take_back(lease, writing=True)
+                self._take_back(lease)
+        if self._index.num_withdrawn and now >= self._reclaim_at:
+            self._reclaim(now)
+
+    def _reclaim(self, now: float) -> None:
+        self._index.reclaim()
+        self._reclaim_at = now + _RECLAIM_SECONDS
 
     def _commit(self, lease: Lease) -> None:
         self._meter.add("stored_bytes", lease.num_bytes)
@@ -407,25 +407,15 @@ class Store:
         for entry in lease.entries:
             self._index.unpin(entry)
 
-    def _take_back(self, lease: Lease, *, writing: bool) -> None:
-        """End a job that will not be done. `writing`: its ranks may still write to its slots, if it is a store."""
+    def _take_back(self, lease: Lease) -> None:
+        """End a job that will not be done. Its ranks may still write to its slots, if it is a store."""
+        self._leases.end(lease)
         if lease.job.kind is JobKind.LOAD:
-            self._leases.end(lease)
             self._unpin(lease)
-        elif writing:
-            self._leases.lapse(lease)
-            for entry in lease.entries:
-                self._index.withdraw(entry)
-        else:
-            self._leases.end(lease)
-            self._drop(lease)
-
-    def _drop(self, lease: Lease) -> None:
+            return
         for entry in lease.entries:
-            self._index.drop(entry)
-
-    def _give_back(self, lease: Lease) -> None:
-        self._index.give_back(lease.slots)
+            self._index.withdraw(entry)
+        self._reclaim(self._clock())
 
 
 def _loadable(entry: Entry) -> bool:

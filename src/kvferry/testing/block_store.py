@@ -56,9 +56,11 @@ def register(store: BlockStore, geometry: Geometry, engine: str = ENGINE) -> Non
 
 def copy_in(arena: Arena, job: Job, keys: Sequence[bytes], rank: int) -> None:
     """Do what a mover does with a store's job."""
-    for part in job.parts:
-        assert arena.holds(part.slots[rank])
-        arena.view(part.slots[rank])[:] = bytes_of(keys[part.chunk], part, rank)
+    writing = arena.begin_writing([part.slots[rank] for part in job.parts])
+    assert writing is not None
+    with writing:
+        for part in job.parts:
+            arena.view(part.slots[rank])[:] = bytes_of(keys[part.chunk], part, rank)
 
 
 def assert_copied(arena: Arena, job: Job, keys: Sequence[bytes]) -> None:

@@ -122,9 +122,8 @@ def test_tokens_are_the_same_cold_from_pool_and_from_memory(
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("server")
-    server = ServerProcess(folder, "--chunk-size", str(CHUNK), "--l1-size-gb", "0.02")
-    yield server
-    server.stop()
+    with ServerProcess(folder, "--chunk-size", str(CHUNK), "--l1-size-gb", "0.02") as server:
+        yield server
 
 
 @pytest.mark.parametrize("family", FAMILIES)

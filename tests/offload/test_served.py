@@ -53,9 +53,8 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[ServerProcess]:
-    process = ServerProcess(tmp_path, "--chunk-size", "16", "--l1-size-gb", "0.002")
-    yield process
-    process.stop()
+    with ServerProcess(tmp_path, "--chunk-size", "16", "--l1-size-gb", "0.002") as process:
+        yield process
 
 
 def is_on(engine: FakeEngine) -> bool:

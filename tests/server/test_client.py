@@ -214,9 +214,8 @@ def test_questions_wait_for_nothing_but_their_answer(served: Served, make_client
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[ServerProcess]:
-    process = ServerProcess(tmp_path, "--chunk-size", "16", "--l1-size-gb", "0.002")
-    yield process
-    process.stop()
+    with ServerProcess(tmp_path, "--chunk-size", "16", "--l1-size-gb", "0.002") as process:
+        yield process
 
 
 def test_killed_and_started_again(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from kvferry.config import StoreOptions
 from kvferry.server.answers import Answerer
@@ -44,7 +44,8 @@ def serve(folder: Path, **options: Any) -> Served:
 
 
 class ServerProcess:
-    """`kvferry server` with socket and arena in `folder`. `arguments` are more of them. Listens when made."""
+    """`kvferry server` with socket and arena in `folder`. `arguments` are more of them. Listens when made, and is
+    stopped at the end of a with block."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.url = f"ipc://{folder / 'server.sock'}"
@@ -59,6 +60,12 @@ class ServerProcess:
         assert self.popen.stdout is not None
         assert self.popen.stdout.readline().startswith(b"kvferry server: "), "the server starts"
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         self.popen.send_signal(number)
@@ -66,12 +73,17 @@ class ServerProcess:
     def kill(self) -> None:
         """End it as nothing else does."""
         self.popen.kill()
-        self.popen.communicate()
+        self.popen.wait()
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
 
     def stop(self) -> None:
         """End it cleanly, which leaves nothing."""
         self.popen.terminate()
-        self.popen.communicate(timeout=30)
+        try:
+            self.popen.wait(30)
+        finally:
+            self.kill()
         assert self.popen.returncode == 0, f"exit code {self.popen.returncode}"
         left = [path for path in self._folder.rglob("*") if path.suffix in {".sock", ".lock", ".arena"}]
         assert not left, f"left behind: {left}"

@@ -49,6 +49,8 @@ OPTIONS = {
         "load_deadline_seconds",
         "close_deadline_seconds",
         "server_url",
+        "server_key",
+        "client_secret",
         "connect_deadline_seconds",
         "match_deadline_seconds",
         "job_deadline_seconds",

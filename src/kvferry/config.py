@@ -24,7 +24,7 @@ from kvferry.errors import ConfigError
 ENVIRONMENT_PREFIX = "KVFERRY_"
 CONFIG_FILE_VARIABLE = "KVFERRY_CONFIG_FILE"
 
-_FOLDERS = frozenset({"arena_dir", "disk_path"})
+_PATHS = frozenset({"arena_dir", "disk_path", "client_secret"})
 """Options in which `~` means the user's home."""
 
 
@@ -58,6 +58,8 @@ class StoreOptions:
     load_deadline_seconds: float = option(2.0, "longest that a request waits for lower tiers; then it computes", ge=0)
     close_deadline_seconds: float = option(10.0, "longest that closing waits for writes to lower tiers", ge=0)
     server_url: str | None = option(None, "where the cache server is; default a socket in the user's runtime folder")
+    server_key: str | None = option(None, "the cache server's public key, or a file that holds it; for TCP with keys")
+    client_secret: str | None = option(None, "file of the key by which the cache server knows this client")
     connect_deadline_seconds: float = option(0.5, "longest that an engine's start waits for the cache server", ge=0)
     match_deadline_seconds: float = option(0.02, "longest that a request waits for a server to say what it has", gt=0)
     job_deadline_seconds: float = option(0.05, "longest that a request waits for a server to lease memory", gt=0)
@@ -258,7 +260,7 @@ def _convert(cls: Any, name: str, value: Any, where: str, *, strict: bool = True
         raise ConfigError(f"option {name!r} {where} is {value!r}: {reason}") from error
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ConfigError(f"option {name!r} {where} is {value!r}: expected a finite number")
-    return str(Path(converted).expanduser()) if name in _FOLDERS and converted else converted
+    return str(Path(converted).expanduser()) if name in _PATHS and converted else converted
 
 
 @cache

@@ -110,6 +110,8 @@ def test_engines_that_come_before_their_server(tmp_path: Path, make_engine: Make
     engine = make_engine(f"ipc://{tmp_path / 'server.sock'}", connect_deadline_seconds=0.05)
     assert hit(engine) == 0
     served = serve(tmp_path)
+    scheduler = engine.manager.scheduler
+    wait_until(lambda: scheduler._store.geometry(engine.args.engine_id) is not None)  # type: ignore[union-attr]
     wait_until(lambda: is_on(engine))
     assert hit(engine) == 0
     assert hit(engine) == 96

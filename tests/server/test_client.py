@@ -249,7 +249,7 @@ def test_stopped_and_continued(process: ServerProcess, make_client: MakeClient) 
     start = time.monotonic()
     while client.is_alive():
         time.sleep(0.001)
-    assert time.monotonic() - start < 0.3
+    assert time.monotonic() - start < 1.0, "150 ms on a machine that is not busy"
     assert client.match(GEOMETRY, KEYS) == Match(0)
     job = client.begin_load(GEOMETRY, KEYS, 0)
     assert job is None

@@ -38,8 +38,10 @@ _OPTIONS: Final = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where it listens, and what it keeps KV in."""
     parser.add_argument("--socket", metavar="URL", help="ipc:///PATH or tcp://HOST:PORT; default the user's own")
-    parser.add_argument("--host", help="with --port: listen on TCP, on this machine's loopback")
+    parser.add_argument("--host", help="with --port: listen on TCP; without keys on this machine's loopback alone")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--curve-secret", metavar="FILE", help="the server's secret key, as kvferry keygen writes it")
+    parser.add_argument("--curve-clients", metavar="FILE", help="public keys of the only clients that may connect")
     parser.add_argument("--l1-size-gb", type=float, metavar="GB", help="size of the shared memory")
     parser.add_argument("--eviction-policy", choices=("lru", "s3fifo"), help="which chunks leave full memory first")
     parser.add_argument("--chunk-size", type=int, metavar="TOKENS", help="tokens per chunk; engines must have the same")
@@ -56,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from kvferry.observability.log import set_level
     from kvferry.server.answers import Answerer
+    from kvferry.server.curve import ServerKeys
     from kvferry.server.endpoint import Endpoint
     from kvferry.server.server import StoreServer
     from kvferry.store.assembly import open_store
@@ -63,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     given: dict[str, Any] = {option: getattr(arguments, name) for name, option in _OPTIONS.items()}
     options = load_options({option: value for option, value in given.items() if value is not None})
     endpoint = Endpoint.parse(_url(arguments, options))
-    if not endpoint.is_local:
-        raise ConfigError(f"{endpoint.url} is not on this machine's loopback")
+    has_keys = arguments.curve_secret is not None
+    keys = ServerKeys.read(arguments.curve_secret, arguments.curve_clients) if has_keys else None
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     set_level(options.log_level)
     os.umask(0o077)
@@ -73,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
     store = open_store(options, needs_disk=True)
     try:
-        server = StoreServer(Answerer(store, options), endpoint)
+        server = StoreServer(Answerer(store, options), endpoint, keys)
         try:
             print(f"kvferry server: {options.l1_size_gb:g} GB at {endpoint.url}", flush=True)
             while not stop.wait(1.0) and server.is_alive:

@@ -17,7 +17,7 @@ import zmq
 
 from kvferry.blocks import Geometry, Job
 from kvferry.config import StoreOptions
-from kvferry.errors import InvariantError, StoreError
+from kvferry.errors import ConfigError, InvariantError, StoreError
 from kvferry.observability.metrics import Meter
 from kvferry.server.attendance import Attendance
 from kvferry.server.endpoint import Endpoint
@@ -64,7 +64,7 @@ class StoreClient:
     """A `BlockStore` at `url`, whenever a server is there. Thread-safe.
 
     options: the deadlines. name: what the server calls this client. maps_arena: for a worker, which copies.
-    ConfigError: `url` is none.
+    ConfigError: `url` is none, or keys cannot be read.
     """
 
     def __init__(self, url: str, options: StoreOptions, *, name: str = "", maps_arena: bool = False) -> None:
@@ -74,7 +74,12 @@ class StoreClient:
         endpoint = Endpoint.parse(url)
         client_id = secrets.token_bytes(16)
         self._context = zmq.Context(io_threads=1)
-        self._questions = Link(self._context, endpoint, QUESTIONS_LINK + client_id, self._take_unasked)
+        try:
+            self._questions = Link(self._context, endpoint, QUESTIONS_LINK + client_id, options, self._take_unasked)
+            self._attendance_link = Link(self._context, endpoint, ATTENDANCE_LINK + client_id, options)
+        except ConfigError:
+            self._context.destroy(linger=0)
+            raise
         self._lock = threading.Lock()
         """Of the link for questions. Held while waiting only by who asks, and by the proof while the server is off."""
         self._num_failures = 0
@@ -86,7 +91,6 @@ class StoreClient:
         self._taken_arena: Arena | None = None
         self._other_arena: Arena | None = None
         self._arena_lock = threading.Lock()
-        self._attendance_link = Link(self._context, endpoint, ATTENDANCE_LINK + client_id)
         self._attendance = Attendance(self._attendance_link, endpoint, self, name, options.connect_deadline_seconds)
 
     # -- setting up --------------------------------------------------------------------------------------------------

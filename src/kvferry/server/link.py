@@ -16,6 +16,8 @@ from typing import Any, Final
 import msgspec
 import zmq
 
+from kvferry.config import StoreOptions
+from kvferry.server.curve import protect_client
 from kvferry.server.endpoint import Endpoint
 from kvferry.server.protocol import UNNUMBERED, Answer, Question, Refused, decode_answer, encode
 
@@ -35,6 +37,7 @@ class Link:
         context: zmq.Context[Any],
         endpoint: Endpoint,
         routing_id: bytes,
+        options: StoreOptions,
         unasked: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
         self.socket = context.socket(zmq.DEALER)
@@ -45,6 +48,8 @@ class Link:
         self._unasked = unasked
         self._numbers = itertools.count(UNNUMBERED + 1)
         self._unsent: deque[bytes] = deque(maxlen=_MOST_UNSENT)
+        if options.server_key is not None:
+            protect_client(self.socket, options.server_key, options.client_secret)
         self.socket.connect(endpoint.url)
 
     def await_connected(self, timeout_seconds: float) -> None:

@@ -12,8 +12,10 @@ from typing import Final
 import msgspec
 import zmq
 
+from kvferry.errors import ConfigError
 from kvferry.observability.log import OnceLog
 from kvferry.server.answers import Answerer
+from kvferry.server.curve import ServerKeys, protect_server
 from kvferry.server.endpoint import Endpoint, Listener
 from kvferry.server.protocol import (
     MOST_MESSAGE_BYTES,
@@ -37,10 +39,12 @@ class StoreServer:
     """One thread that answers at `endpoint` for a store. The store stays the caller's.
 
     None: there is no store, which every client is told at once. StoreError: another server listens there, or the
-    socket cannot be made.
+    socket cannot be made. ConfigError: other machines could connect, and there are no keys.
     """
 
-    def __init__(self, answerer: Answerer | None, endpoint: Endpoint) -> None:
+    def __init__(self, answerer: Answerer | None, endpoint: Endpoint, keys: ServerKeys | None = None) -> None:
+        if keys is None and not endpoint.is_local:
+            raise ConfigError(f"{endpoint.url} is open to other machines: that takes keys (`kvferry keygen`)")
         self._answerer = answerer
         self._log = OnceLog(logger)
         self._context = zmq.Context(io_threads=1)
@@ -52,6 +56,7 @@ class StoreServer:
         )
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._last_sweep = time.monotonic()
+        self._guard = protect_server(self._socket, keys) if keys is not None else None
         try:
             self._listener = Listener(self._socket, endpoint)
         except BaseException:
@@ -74,6 +79,8 @@ class StoreServer:
 
     def _release(self) -> None:
         self._socket.close()
+        if self._guard is not None:
+            self._guard.stop()
         self._context.term()
         os.close(self._stop)
 

@@ -119,6 +119,15 @@ def test_a_slab_made_anew_forgets_its_slots(make_arena: MakeArena) -> None:
     assert arena.read_header(Slot(old[1].offset, 64, 1)) is None
 
 
+def test_a_slab_has_no_slot_that_its_memory_resembles(make_arena: MakeArena) -> None:
+    arena = make_arena()
+    arena.claim(0)
+    start = arena.unit_offset(0)
+    arena.buffer[start : start + UNIT_BYTES] = b"\2" * UNIT_BYTES
+    slots = [Slot(offset, 640, 0) for offset in arena.format_slab(0, 1, 640, rank=0)]
+    assert {arena.read_header(slot) for slot in slots} == {SlotHeader(0, FREE, 0, 0, 0, 0, *map(bytes, (16, 32, 32)))}
+
+
 def test_an_offset_in_no_slab_has_no_header(make_arena: MakeArena) -> None:
     arena = make_arena()
     for offset in (0, 4096, 2 * 4096, 1 << 20, 1 << 40):

@@ -346,7 +346,7 @@ def test_a_writer_killed_at_any_moment_leaves_slots_absent_or_whole(rig: Rig) ->
     assert header.state != COMMITTED
     rig.fill(job, keys)
     committed = rig.arena.read_header(slot)
-    assert committed == dataclasses.replace(header, state=COMMITTED)
+    assert committed == header._replace(state=COMMITTED)
     assert committed.key == keys[0]
 
 

@@ -18,6 +18,7 @@ from kvferry.blocks import Geometry, GroupKind, Job, Slot, Tier
 from kvferry.config import StoreOptions
 from kvferry.store.arena import Arena, Writing
 from kvferry.store.base import PartName
+from kvferry.store.index import EntryState
 from kvferry.store.store import Store
 from kvferry.store.tier import ByteTier
 from kvferry.testing.block_store import (
@@ -72,6 +73,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.backend = FaultyByteStore(DictByteStore())
         self.stored: set[bytes] = set()
         """Keys of chunks that some store has ended well for."""
+        self.live: dict[int, Work] = {}
+        self.lapsed: dict[int, Work] = {}
+        """Stores that the store took back while ranks were copying."""
         self.open()
 
     def make_geometry(self) -> Geometry:
@@ -86,11 +90,8 @@ class StoreMachine(RuleBasedStateMachine):
             eviction_policy="s3fifo" if isinstance(self, HybridMachine) else "lru",
         )
         tier = ByteTier(self.backend, Tier.DISK, clock=lambda: self.now)
-        self.store = Store(options, tiers=[tier], lease_seconds=60.0, clock=lambda: self.now)
+        self.store = Store(options, tiers=[tier], lease_seconds=60.0, clock=lambda: self.now, adopt=True)
         self.arena: Arena = self.store.mapping
-        self.live: dict[int, Work] = {}
-        self.lapsed: dict[int, Work] = {}
-        """Stores that the store took back while ranks were copying."""
         register(self.store, self.geometry)
 
     def keys(self, prompt: int, num_chunks: int) -> list[bytes]:
@@ -230,10 +231,29 @@ class StoreMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         self.close()
         self.open()
+        assert len(self.store._index) == 0
+
+    @rule(is_dead=st.booleans())
+    def server_is_killed(self, is_dead: bool) -> None:
+        """Its engines may live on, and go on copying."""
+        self.settle()
+        committed = {entry.id for entry in self.store._index if entry.state is EntryState.COMMITTED}
+        for work in [*self.live.values()]:
+            self.took_back(work)
+        if is_dead:
+            for work in self.lapsed.values():
+                work.die()
+            self.lapsed.clear()
+        self.store.close(keep_arena=True)
+        self.open()
+        assert {entry.id for entry in self.store._index} == committed
+        assert self.store.stats()["slots_withdrawn"] == self.num_written()
 
     def close(self) -> None:
         for work in [*self.live.values(), *self.lapsed.values()]:
             work.die()
+        self.live.clear()
+        self.lapsed.clear()
         self.store.close()
 
     @invariant()

@@ -75,32 +75,33 @@ def test_slots_of_a_stopped_writer_are_not_used_and_those_of_a_killed_one_are(st
     process = subprocess.Popen([sys.executable, "-c", WRITER, argument], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process, process.stdout as said:
-        assert said.readline() == "writing\n"
-        store.release("engine")
-        assert store.stats()["slots_withdrawn"] == 4, "it was believed dead, and still writes"
-        process.send_signal(signal.SIGSTOP)
-        wait_until_stopped(process)
-        seen = set()
-        for prompt in range(20):
-            clock.now += 1
-            keys = keys_of(GEOMETRY, 4, first_token=100 + prompt)
-            job = store.begin_store(GEOMETRY, keys, 0)
-            assert job is not None
-            seen |= {part.slots[0].offset for part in job.parts}
-            copy_in(store.mapping, job, keys, 0)
-            store.done(job.job_id, 0, True)
-            process.send_signal(signal.SIGCONT if prompt % 2 else signal.SIGSTOP)
-            load = store.begin_load(GEOMETRY, keys, 0)
-            assert load is not None
-            assert_copied(store.mapping, load, keys)
-            store.done(load.job_id, 0, True)
-        store.check()
-        assert store.stats()["evicted_entries"] > 0
-        assert not seen & {slot.offset for slot in slots}
-        assert store.stats()["slots_withdrawn"] == 4
-        process.send_signal(signal.SIGSTOP)
-        process.kill()
-        process.wait()
+        try:
+            assert said.readline() == "writing\n"
+            store.release("engine")
+            assert store.stats()["slots_withdrawn"] == 4, "it was believed dead, and still writes"
+            process.send_signal(signal.SIGSTOP)
+            wait_until_stopped(process)
+            seen = set()
+            for prompt in range(20):
+                clock.now += 1
+                keys = keys_of(GEOMETRY, 4, first_token=100 + prompt)
+                job = store.begin_store(GEOMETRY, keys, 0)
+                assert job is not None
+                seen |= {part.slots[0].offset for part in job.parts}
+                copy_in(store.mapping, job, keys, 0)
+                store.done(job.job_id, 0, True)
+                process.send_signal(signal.SIGCONT if prompt % 2 else signal.SIGSTOP)
+                load = store.begin_load(GEOMETRY, keys, 0)
+                assert load is not None
+                assert_copied(store.mapping, load, keys)
+                store.done(load.job_id, 0, True)
+            store.check()
+            assert store.stats()["evicted_entries"] > 0
+            assert not seen & {slot.offset for slot in slots}
+            assert store.stats()["slots_withdrawn"] == 4
+            process.send_signal(signal.SIGSTOP)
+        finally:
+            process.kill()
     clock.now += 1
     store.poll()
     assert store.stats()["slots_withdrawn"] == 0

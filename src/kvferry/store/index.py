@@ -16,6 +16,7 @@ from kvferry.blocks import Slot, Tier
 from kvferry.errors import InvariantError
 from kvferry.store.arena import COMMITTED, FREE, RESERVED, Arena, SlotHeader, slot_stride
 from kvferry.store.eviction import Evictor, make_policy
+from kvferry.store.recovery import Found, recover
 from kvferry.store.slots import Room, SlotAllocator, SlotClass
 
 EntryId = tuple[bytes, int]
@@ -71,15 +72,21 @@ class Entry:
 
 
 class Index:
-    """The entries of one arena."""
+    """The entries of one arena. adopt: also those that an earlier owner of the arena left whole."""
 
-    def __init__(self, arena: Arena, policy: Literal["lru", "s3fifo"]) -> None:
+    def __init__(self, arena: Arena, policy: Literal["lru", "s3fifo"], *, adopt: bool = False) -> None:
         self._arena = arena
-        self._slots = SlotAllocator(arena)
+        found = recover(arena) if adopt else Found()
+        self._slots = SlotAllocator(arena, found.slabs, found.unusable)
         self._evictor: Evictor[EntryId] = Evictor(make_policy(policy))
         self._entries: dict[EntryId, Entry] = {}
-        self._withdrawn: set[Slot] = set()
+        self._withdrawn = set(found.withdrawn)
         self.num_evicted = 0
+        for parts in found.entries:
+            header = parts[0][0]
+            want = Wanted((header.key, header.group), header.parent, header.num_bytes, header.num_ranks)
+            self._admit(Entry(want, tuple(slot for _, slot in parts), EntryState.COMMITTED))
+            self._evictor.unpin(want.id)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -100,8 +107,8 @@ class Index:
             return None
         entries: list[Entry] = []
         for want in wanted:
-            entry = self._entries[want.id] = Entry(want, self._take(want), state)
-            self._evictor.add(want.id, (want.parent, want.id[1]))
+            entry = Entry(want, self._take(want), state)
+            self._admit(entry)
             entries.append(entry)
         return entries
 
@@ -170,7 +177,8 @@ class Index:
                 raise InvariantError(f"the entry under {entry_id} says it is {entry.id}")
             self._check_headers(entry)
         for slot in self._withdrawn:
-            if self._arena.holds(slot):
+            header = self._arena.read_header(slot)
+            if header is None or header.state != FREE or header.generation:
                 raise InvariantError(f"the header of withdrawn {slot} still lets writers begin")
         self._slots.check([slot for entry in self for slot in entry.slots] + list(self._withdrawn))
         self._evictor.check(pins, ((entry.id, (entry.wanted.parent, entry.id[1])) for entry in self))
@@ -199,6 +207,10 @@ class Index:
                 self.num_evicted += len(victims)
                 return True
         return False
+
+    def _admit(self, entry: Entry) -> None:
+        self._entries[entry.id] = entry
+        self._evictor.add(entry.id, (entry.wanted.parent, entry.id[1]))
 
     def _forget(self, entry: Entry) -> None:
         del self._entries[entry.id]

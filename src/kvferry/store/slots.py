@@ -11,7 +11,7 @@ import itertools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -94,11 +94,16 @@ def fits(arena: Arena, part_bytes: Iterable[int], num_ranks: int) -> bool:
 
 
 class UnitSupply:
-    """Units that no slab uses, with their memory claimed ahead by a thread. Thread-safe, for one taker at a time."""
+    """Units that no slab uses, with their memory claimed ahead by a thread. Thread-safe, for one taker at a time.
 
-    def __init__(self, arena: Arena) -> None:
+    taken: units that are in use from the beginning, or not to be used.
+    """
+
+    def __init__(self, arena: Arena, taken: Iterable[int]) -> None:
         self._arena = arena
         self._units = bytearray(arena.num_units)
+        for unit in taken:
+            self._units[unit] = _TAKEN
         self._ahead = max(1, min(_AHEAD_BYTES // arena.unit_bytes, arena.num_units // 4))
         self._changed = threading.Condition()
         self._closed = False
@@ -176,6 +181,10 @@ class Slab:
     num_slots: int
     free: list[int]
 
+    @property
+    def units(self) -> range:
+        return range(self.run.first, self.run.first + self.run.num_units)
+
 
 class Room:
     """What-if over an allocator: would there be room for `needs`, were some slots given back? Changes nothing.
@@ -208,17 +217,22 @@ class Room:
 
 
 class SlotAllocator:
-    """Free lists over the slabs of an arena. Callers serialise."""
+    """Free lists over the slabs of an arena. Callers serialise.
 
-    def __init__(self, arena: Arena) -> None:
+    slabs: what an earlier owner of the arena left. unusable: units to leave alone.
+    """
+
+    def __init__(self, arena: Arena, slabs: Sequence[Slab] = (), unusable: Iterable[int] = ()) -> None:
         self._arena = arena
-        self._supply = UnitSupply(arena)
-        self._generations = itertools.count(1)
+        self._supply = UnitSupply(arena, [*unusable, *(unit for slab in slabs for unit in slab.units)])
+        self._generations = itertools.count(arena.first_generation)
         self._slabs: dict[int, Slab] = {}
         """By first unit."""
         self._open: dict[SlotClass, dict[Slab, None]] = {}
         """Slabs of a class that have a free slot, the longest open first."""
         self._num_free: Counter[SlotClass] = Counter()
+        for slab in slabs:
+            self._add(slab)
 
     def take(self, num_bytes: int, rank: int) -> Slot | None:
         """A slot for a payload of `num_bytes`, with a generation that no slot of this arena had before; None: no room.
@@ -261,7 +275,10 @@ class SlotAllocator:
                 for slab in made:
                     self._dissolve(slab)
                 return False
-            made.append(self._make(run))
+            of, first, num_units = run
+            free = self._arena.format_slab(first, num_units, of.stride, of.rank)[::-1]
+            made.append(Slab(run, len(free), free))
+            self._add(made[-1])
         return runs is not None
 
     def plan(
@@ -295,11 +312,10 @@ class SlotAllocator:
                 raise InvariantError(f"{num_free} free slots of {of}, {self._num_free[of]} counted")
         if sum(map(len, self._open.values())) != sum(bool(slab.free) for slab in self._slabs.values()):
             raise InvariantError("a slab with a free slot is not open, or the reverse")
-        units = self.free_units()
-        for first, slab in self._slabs.items():
-            run = range(first, first + slab.run.num_units)
-            if any(units[unit] or self._arena.slab_of_unit(unit) != first for unit in run):
-                raise InvariantError(f"the units of the slab at {first} are also free, or another's")
+        slab_of = {unit: first for first, slab in self._slabs.items() for unit in slab.units}
+        for unit, is_free in enumerate(self.free_units()):
+            if self._arena.slab_of_unit(unit) != slab_of.get(unit) or (is_free and unit in slab_of):
+                raise InvariantError(f"unit {unit} belongs to another slab than the arena says, or is also free")
 
     def counts(self) -> dict[str, int]:
         """Slabs in use, free units, free slots in slabs in use."""
@@ -313,13 +329,12 @@ class SlotAllocator:
         """End the claiming thread; nothing may be taken any more."""
         self._supply.close()
 
-    def _make(self, run: Run) -> Slab:
-        of, first, num_units = run
-        free = self._arena.format_slab(first, num_units, of.stride, of.rank)[::-1]
-        slab = self._slabs[first] = Slab(run, len(free), free)
-        self._open.setdefault(of, {})[slab] = None
-        self._num_free[of] += len(free)
-        return slab
+    def _add(self, slab: Slab) -> None:
+        """A slab of which a slot at least is taken, or about to be."""
+        self._slabs[slab.run.first] = slab
+        if slab.free:
+            self._open.setdefault(slab.run.of, {})[slab] = None
+            self._num_free[slab.run.of] += len(slab.free)
 
     def _dissolve(self, slab: Slab) -> None:
         of, first, num_units = slab.run

@@ -17,6 +17,7 @@ a load's lease lapses                at once: a reader that comes late sees afte
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -38,6 +39,8 @@ from kvferry.store.slots import fits
 from kvferry.store.stack import TierStack
 from kvferry.store.tier import ByteTier
 
+logger = logging.getLogger(__name__)
+
 LEASE_SECONDS: Final = 60.0
 WRITING_SHARE: Final = 4
 """At most one part in this many of the arena waits to be written to a tier: it cannot be evicted meanwhile."""
@@ -49,7 +52,8 @@ class Store:
     """A `BlockStore` in this process. Thread-safe.
 
     tiers: below memory, nearest first; the store owns them. lease_seconds: how long a job may take. clock: seconds,
-    monotonic. ArenaError: shared memory cannot be made.
+    monotonic. adopt: for a server, whose arena has a fixed name in its folder and outlives it if it is killed: what the
+    last one had committed is here again. ArenaError: shared memory cannot be made, or another server has it.
     """
 
     def __init__(
@@ -59,12 +63,15 @@ class Store:
         tiers: Sequence[ByteTier] = (),
         lease_seconds: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        adopt: bool = False,
     ) -> None:
         self._options = options
         self._clock = clock
-        self._arena = Arena.create(int(options.l1_size_gb * 1e9), options.arena_dir)
+        self._arena = Arena.create(int(options.l1_size_gb * 1e9), options.arena_dir, adopt=adopt)
         self._tiers = TierStack(tiers, self._arena.info.num_bytes // WRITING_SHARE)
-        self._index = Index(self._arena, options.eviction_policy)
+        self._index = Index(self._arena, options.eviction_policy, adopt=adopt)
+        if len(self._index):
+            logger.info("%d parts of an earlier server are kept in %s", len(self._index), self._arena.info.path)
         self._engines: dict[str, dict[int, Geometry]] = {}
         self._roots: dict[Geometry, bytes] = {}
         self._lease_seconds = lease_seconds
@@ -278,8 +285,8 @@ class Store:
             filling = Counter(entry.id for entry in self._index if entry.state is EntryState.PROMOTING)
             self._index.check(self._writing + filling + self._leases.pins())
 
-    def close(self) -> None:
-        """See `BlockStore.close`. Copies of this store's arena must have ended."""
+    def close(self, *, keep_arena: bool = False) -> None:
+        """See `BlockStore.close`. Copies of this store's arena must have ended. keep_arena: for the next server."""
         with self._lock:
             if self._closed:
                 return
@@ -290,7 +297,7 @@ class Store:
             self._index.close()
             self._leases = self._no_leases()
             self._reclaim_at = math.inf
-            self._arena.close()
+            self._arena.close(keep=keep_arena)
 
     def _wanted(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> list[tuple[int, Wanted]]:
         """What an engine needs after the last of `keys`, by chunk and then group."""

@@ -17,7 +17,7 @@ from kvferry.errors import ConfigError
 from kvferry.offload.connector import KVFerryConnectorScheduler, KVFerryConnectorWorker
 from kvferry.store.arena import Arena
 from kvferry.testing.fake_engine import FakeEngine, fake_llm_args
-from kvferry.testing.servers import Served, ServerProcess, serve, wait_until
+from kvferry.testing.servers import PATIENT, Served, ServerProcess, serve, wait_until
 
 from .test_connector import prompt
 
@@ -28,11 +28,12 @@ MakeEngine = Callable[..., FakeEngine]
 
 @pytest.fixture
 def make_engine() -> Iterator[MakeEngine]:
-    """`make_engine(url, arguments of LlmArgs, **options of the store)`; shut down at the end."""
+    """`make_engine(url, arguments of LlmArgs, **options of the store)`, patient unless told otherwise; shut down at the
+    end."""
     engines: list[FakeEngine] = []
 
     def make(url: str, args: dict[str, Any] | None = None, **options: Any) -> FakeEngine:
-        known = {"chunk_tokens": CHUNK, "connect_deadline_seconds": 5.0}
+        known = {**PATIENT, "chunk_tokens": CHUNK}
         connector = KvCacheConnectorConfig(connector="kvferry-server", server_url=url, options=known | options)
         llm_args = fake_llm_args(connector, **{"kv_cache_config": NO_REUSE, **(args or {})})
         engines.append(FakeEngine(llm_args, KVFerryConnectorWorker(llm_args), KVFerryConnectorScheduler))
@@ -138,22 +139,34 @@ def test_a_server_that_is_killed_and_started_again(process: ServerProcess, make_
     assert hit(engine, seed=1) == 0
     process.start()
     wait_until(lambda: is_on(engine))
-    hit(engine)
+    assert hit(engine) == 96, "its memory was taken over"
     hit(engine, seed=1)
     assert hit(engine, seed=1) == 96
 
 
-def test_a_server_that_is_stopped_is_not_waited_for(process: ServerProcess, make_engine: MakeEngine) -> None:
+def test_a_server_that_leaves_its_memory_to_the_next(tmp_path: Path, make_engine: MakeEngine) -> None:
+    process = ServerProcess(tmp_path, "--chunk-size", "16", "--l1-size-gb", "0.002", "--keep-arena")
     engine = make_engine(process.url)
     hit(engine)
+    process.popen.terminate()
+    assert process.popen.wait(30) == 0
+    process.kill()
+    process.start()
+    wait_until(lambda: is_on(engine))
+    assert hit(engine) == 96
+    process.kill()
+
+
+def test_a_server_that_is_stopped_is_not_waited_for(process: ServerProcess, make_engine: MakeEngine) -> None:
+    engine = make_engine(process.url, match_deadline_seconds=0.02, job_deadline_seconds=0.05)
+    wait_until(lambda: hit(engine) == 96)
     process.signal(signal.SIGSTOP)
     start = time.monotonic()
     for seed in range(20):
         hit(engine, seed=seed)
     assert time.monotonic() - start < 2.0
     process.signal(signal.SIGCONT)
-    wait_until(lambda: is_on(engine))
-    assert hit(engine) == 96
+    wait_until(lambda: hit(engine) == 96)
 
 
 def kill_in_pass(engine: FakeEngine, process: ServerProcess) -> None:

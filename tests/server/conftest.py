@@ -11,7 +11,7 @@ import pytest
 
 from kvferry.config import StoreOptions
 from kvferry.server.client import StoreClient
-from kvferry.testing.servers import Served, serve
+from kvferry.testing.servers import PATIENT, Served, serve
 
 
 @pytest.fixture
@@ -25,11 +25,12 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def make_client() -> Iterator[Callable[..., StoreClient]]:
-    """`make_client(url, maps_arena, **options)`; closed at the end."""
+    """`make_client(url, maps_arena, **options)`, patient unless told otherwise; closed at the end."""
     clients: list[StoreClient] = []
 
     def make(url: str, *, maps_arena: bool = False, **options: Any) -> StoreClient:
-        clients.append(StoreClient(url, StoreOptions(**options), name="test", maps_arena=maps_arena))
+        known: dict[str, Any] = {**PATIENT, **options}
+        clients.append(StoreClient(url, StoreOptions(**known), name="test", maps_arena=maps_arena))
         return clients[-1]
 
     yield make

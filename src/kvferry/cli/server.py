@@ -2,7 +2,8 @@
 
 Engines use it with the preset kvferry-server, by the same URL. What is not given here comes from KVFERRY_<NAME>, the
 YAML file and the defaults, as `kvferry config` shows. SIGTERM or Ctrl-C stops it: what waits for the disk is written
-first, and no shared memory is left. A second one stops it at once.
+first, and no shared memory is left. A second one stops it at once. After a crash the next server with the same arena
+folder goes on with what was in memory.
 
 examples:
   kvferry server --l1-size-gb 10
@@ -16,11 +17,16 @@ import argparse
 import os
 import signal
 import threading
-from typing import Any, Final
+import time
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 from kvferry.config import StoreOptions, default_server_url, load_options
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, StoreError
 
+_Made = TypeVar("_Made")
+
+_HANDOVER_SECONDS: Final = 0.8
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _OPTIONS: Final = {
     "l1_size_gb": "l1_size_gb",
@@ -49,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disk-path", metavar="DIR", help="folder of the disk tier; default none")
     parser.add_argument("--disk-size-gb", type=float, metavar="GB", help="most that the disk tier may occupy")
     parser.add_argument("--arena-dir", metavar="DIR", help="folder of the shared memory; one server each")
+    parser.add_argument(
+        "--keep-arena", action="store_true", help="leave what is in memory to the next server, on a stop"
+    )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
 
 
@@ -74,9 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in _SIGNALS:
         signal.signal(number, lambda *_: stop.set())
-    store = open_store(options, needs_disk=True)
+    store = _patiently(lambda: open_store(options, for_server=True))
     try:
-        server = StoreServer(Answerer(store, options), endpoint, keys)
+        server = _patiently(lambda: StoreServer(Answerer(store, options), endpoint, keys))
         try:
             print(f"kvferry server: {options.l1_size_gb:g} GB at {endpoint.url}", flush=True)
             while not stop.wait(1.0) and server.is_alive:
@@ -86,8 +95,20 @@ def run(arguments: argparse.Namespace) -> int:
                 signal.signal(number, signal.SIG_DFL)
             server.close()
     finally:
-        store.close()
+        store.close(keep_arena=arguments.keep_arena)
     return 0 if stop.is_set() else 1
+
+
+def _patiently(make: Callable[[], _Made]) -> _Made:
+    """A server that was killed a moment ago may not have let go of everything yet."""
+    until = time.monotonic() + _HANDOVER_SECONDS
+    while True:
+        try:
+            return make()
+        except StoreError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(_HANDOVER_SECONDS / 20)
 
 
 def _url(arguments: argparse.Namespace, options: StoreOptions) -> str:

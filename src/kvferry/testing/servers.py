@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from kvferry.config import StoreOptions
 from kvferry.server.answers import Answerer
@@ -17,6 +17,9 @@ from kvferry.server.endpoint import Endpoint
 from kvferry.server.server import StoreServer
 from kvferry.store.assembly import open_store
 from kvferry.store.store import Store
+
+PATIENT: Final = {"connect_deadline_seconds": 10.0, "match_deadline_seconds": 5.0, "job_deadline_seconds": 5.0}
+"""Deadlines for clients of which the test is about something else: the machine may be busy."""
 
 
 @dataclass

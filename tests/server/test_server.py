@@ -18,7 +18,7 @@ import zmq
 
 from kvferry.blocks import Geometry, GroupKind, GroupSpec
 from kvferry.config import StoreOptions, default_server_url
-from kvferry.errors import ConfigError, StoreError
+from kvferry.errors import ConfigError, InvariantError, StoreError
 from kvferry.server.answers import Answerer
 from kvferry.server.endpoint import Endpoint
 from kvferry.server.protocol import (
@@ -356,6 +356,42 @@ def test_options_of_another_chunk_size_are_named(tmp_path: Path) -> None:
     answer = answerer.answer(client, Register("engine", 0, GEOMETRY))
     assert isinstance(answer, Refused)
     assert "chunk_tokens=64" in answer.reason
+    for session in answerer.sessions:
+        answerer.end(session, "ends with the test")
+    served.close()
+
+
+def test_books_are_looked_at_when_nobody_asks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    now = 1000.0
+    served = serve(tmp_path)
+    answerer = Answerer(served.store, StoreOptions(chunk_tokens=16), clock=lambda: now)
+    client = 16 * b"c"
+    answerer.answer(client, greeting(VERSION, now, ""))
+    answerer.answer(client, Register("engine", 0, GEOMETRY))
+    num_checks = 0
+
+    def check() -> None:
+        nonlocal num_checks
+        num_checks += 1
+        raise InvariantError("two entries in one slot")
+
+    served.store.check, kept = check, served.store.check  # type: ignore[method-assign]
+    answerer.check_when_idle()
+    assert num_checks == 0, "somebody has just asked"
+    now += 10
+    answerer.check_when_idle()
+    answerer.check_when_idle()
+    assert num_checks == 1, "nothing has changed since"
+    assert answerer.meter.snapshot()["server_broken_invariants"] == 1
+    assert "two entries in one slot" in caplog.text
+    answerer.answer(client, AskMatch(ROOT, b""))
+    now += 10
+    answerer.check_when_idle()
+    assert num_checks == 1, "not so soon again"
+    now += 100
+    answerer.check_when_idle()
+    assert num_checks == 2
+    served.store.check = kept  # type: ignore[method-assign]
     for session in answerer.sessions:
         answerer.end(session, "ends with the test")
     served.close()

@@ -103,7 +103,9 @@ class StoreServer:
                     self._send(QUESTIONS_LINK + session.client_id, UNNUMBERED, polled)
                 if is_drained:
                     self._sweep(self._answerer)
-            if is_drained and self._stop in ready:
+                    self._answerer.check_when_idle()
+            if self._stop in ready:
+                self._drain()  # What ranks said before they ended.
                 return
 
     def _drain(self) -> bool:
@@ -130,7 +132,9 @@ class StoreServer:
         elif number != UNNUMBERED and deadline < time.monotonic():
             self._count("server_stale_questions")
         else:
+            start = time.perf_counter()
             answer = self._answerer.answer(routing_id[1:], question)
+            self._answerer.meter.took(type(question).__name__, time.perf_counter() - start)
             if number != UNNUMBERED:
                 self._send(routing_id, number, answer)
 

@@ -248,6 +248,56 @@ def test_two_loads_share_one_promotion(rig: Rig) -> None:
         rig.store.done(job.job_id, 0, True)
 
 
+def test_each_owner_is_told_of_its_own_loads_alone(rig: Rig) -> None:
+    keys = keys_of(GEOMETRY, 3)
+    rig.save(keys)
+    rig.reopen()
+    rig.backend.gate.clear()
+    jobs = {owner: rig.store.begin_load(GEOMETRY, keys, 0, owner=owner) for owner in ("one", "two", "dead", "silent")}
+    ids = {owner: job.job_id for owner, job in jobs.items() if job is not None}
+    assert len(ids) == 4
+    rig.store.release("dead")
+    rig.backend.gate.set()
+    assert rig.store.poll(10.0, owner="one").ready == (ids["one"],)
+    assert rig.store.poll(owner="one").ready == ()
+    assert rig.store.poll(30.0, owner="dead").ready == (), "who is dead waits for nothing"
+    assert rig.store.poll(owner="two").ready == (ids["two"],)
+    rig.store.done(ids["silent"], 0, True)
+    assert rig.store.poll(owner="silent").ready == (), "a job that is done needs no answer"
+    rig.store.done(ids["one"], 0, True)
+    rig.store.release("two")
+    assert rig.store.stats()["leases"] == 0
+
+
+def test_answers_to_those_who_never_ask_do_not_pile_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvferry.store.leases._MOST_ANSWERS", 3)
+    keys = keys_of(GEOMETRY, 1)
+    rig.save(keys)
+    rig.reopen()
+    rig.backend.gate.clear()
+    jobs = [rig.store.begin_load(GEOMETRY, keys, 0) for _ in range(8)]
+    rig.backend.gate.set()
+    wait_until(lambda: not rig.store.stats()["entries_promoting"])
+    assert rig.store.poll().ready == tuple(job.job_id for job in jobs[-3:] if job is not None)
+    rig.store.release("local")
+
+
+def test_an_engine_that_is_gone_may_come_back_as_another(rig: Rig) -> None:
+    rig.save(keys_of(GEOMETRY, 2))
+    other = full_geometry(identity="another", part_bytes=4096)
+    with pytest.raises(ConfigError, match="different geometries"):
+        rig.store.register("engine", 1, RANKED)
+    rig.store.unregister("engine")
+    rig.store.unregister("nobody")
+    assert rig.store.geometry("engine") is None
+    assert rig.store.stats()["geometries"] == 0
+    assert rig.store.match(GEOMETRY, keys_of(GEOMETRY, 2)).num_chunks == 0, "nobody has declared it"
+    register(rig.store, other)
+    assert rig.store.geometry("engine") == other
+    register(rig.store, GEOMETRY, engine="second")
+    assert rig.store.match(GEOMETRY, keys_of(GEOMETRY, 2)).num_chunks == 2
+
+
 def test_parts_being_written_below_are_not_evicted(rig: Rig) -> None:
     rig.store.close()
     rig.store = rig.open(arena_bytes=300_000)

@@ -132,7 +132,7 @@ class StoreMachine(RuleBasedStateMachine):
         return [] if any(group.kind is GroupKind.FULL for group in self.geometry.groups) else keys[:-1]
 
     def await_answer(self, work: Work) -> None:
-        answer = self.store.poll(10.0)
+        answer = self.store.poll(10.0, owner=work.owner)
         job_id = work.job.job_id
         assert {*answer.ready, *answer.failed} == {job_id}, "one load waits, and is answered once"
         if answer.failed:

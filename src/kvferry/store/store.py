@@ -33,8 +33,8 @@ from kvferry.observability.metrics import Meter
 from kvferry.store.arena import Arena
 from kvferry.store.base import ArenaInfo, Match, PollResult
 from kvferry.store.index import Entry, EntryId, EntryState, Index, Wanted
-from kvferry.store.keys import root_key
 from kvferry.store.leases import Lease, LeaseTable
+from kvferry.store.registry import Registry
 from kvferry.store.slots import fits
 from kvferry.store.stack import TierStack
 from kvferry.store.tier import ByteTier
@@ -72,13 +72,10 @@ class Store:
         self._index = Index(self._arena, options.eviction_policy, adopt=adopt)
         if len(self._index):
             logger.info("%d parts of an earlier server are kept in %s", len(self._index), self._arena.info.path)
-        self._engines: dict[str, dict[int, Geometry]] = {}
-        self._roots: dict[Geometry, bytes] = {}
+        self._registry = Registry()
         self._lease_seconds = lease_seconds
         self._leases = self._no_leases()
         self._reclaim_at = 0.0
-        self._ready: list[int] = []
-        self._failed: list[int] = []
         self._writing: Counter[EntryId] = Counter()
         self._meter = Meter()
         self._lock = threading.RLock()
@@ -87,29 +84,26 @@ class Store:
 
     def register(self, engine: str, rank: int, geometry: Geometry) -> None:
         """See `BlockStore.register`."""
-        sizes = [group.part_bytes for group in geometry.groups]
-        if not sizes or min(sizes) <= 0 or not 0 <= rank < geometry.num_ranks or geometry.chunk_tokens < 1:
-            raise ConfigError(f"rank {rank} of engine {engine} declares an impossible geometry: {geometry}")
         with self._lock:
-            ranks = self._engines.get(engine, {})
-            if any(other != geometry for of, other in ranks.items() if of != rank):
-                raise ConfigError(f"ranks of engine {engine} declare different geometries; rank {rank}: {geometry}")
             if self._closed:
                 raise ConfigError(f"engine {engine} registers with a store that is closed")
+            sizes = [group.part_bytes for group in geometry.groups]
             if not fits(self._arena, sizes, geometry.num_ranks):
                 raise ConfigError(
                     f"a chunk of {geometry.num_ranks} x {sizes} bytes does not fit the arena of "
                     f"{self._arena.info.num_bytes} bytes: set l1_size_gb higher or chunk_tokens lower"
                 )
-            self._engines.setdefault(engine, {})[rank] = geometry
-            self._roots[geometry] = root_key(geometry)
+            self._registry.register(engine, rank, geometry)
+
+    def unregister(self, engine: str) -> None:
+        """The engine is gone; one of the same name may declare another geometry. What it stored stays."""
+        with self._lock:
+            self._registry.unregister(engine)
 
     def geometry(self, engine: str) -> Geometry | None:
         """See `BlockStore.geometry`."""
         with self._lock:
-            ranks = self._engines.get(engine, {})
-            geometry = next(iter(ranks.values()), None)
-            return geometry if geometry is not None and len(ranks) == geometry.num_ranks else None
+            return self._registry.geometry(engine)
 
     def arena(self) -> ArenaInfo:
         """See `BlockStore.arena`."""
@@ -245,29 +239,24 @@ class Store:
                 self._take_back(lease)
 
     def release(self, owner: str) -> None:
-        """Return all that `owner` leased. Its ranks may still be copying."""
+        """Return all that `owner` leased, and forget what it was to be told. Its ranks may still be copying."""
         with self._lock:
             for lease in self._leases:
                 if lease.owner == owner:
                     self._take_back(lease)
-
-    def unregister(self, engine: str) -> None:
-        with self._lock:
-            self._engines.pop(engine, None)
+            self._leases.forget(owner)
 
     def poll(self, timeout_seconds: float = 0.0, *, owner: str = "local") -> PollResult:
-        """See `BlockStore.poll`. A load that its tiers have not answered within `load_deadline_seconds` has failed."""
+        """See `BlockStore.poll`: of this owner's loads. One that its tiers have not answered within
+        `load_deadline_seconds` has failed."""
         with self._lock:
             self._expire()
-            ready_by = self._leases.next_ready_by()
-            if ready_by is not None and timeout_seconds > 0 and not (self._ready or self._failed):
+            ready_by = self._leases.next_ready_by(owner)
+            if ready_by is not None and timeout_seconds > 0 and not self._leases.has_answers(owner):
                 timeout_seconds = min(timeout_seconds, max(ready_by - self._clock(), 0.0))
-                self._answered.wait_for(lambda: self._ready or self._failed or self._closed, timeout_seconds)
+                self._answered.wait_for(lambda: self._leases.has_answers(owner) or self._closed, timeout_seconds)
                 self._expire()
-            result = PollResult(tuple(self._ready), tuple(self._failed))
-            self._ready.clear()
-            self._failed.clear()
-            return result
+            return self._leases.take_answers(owner)
 
     def stats(self) -> Mapping[str, float]:
         """See `BlockStore.stats`."""
@@ -275,7 +264,7 @@ class Store:
             values: dict[str, float] = {**self._meter.snapshot(), "arena_bytes": self._arena.info.num_bytes}
             values["leases"] = len(self._leases)
             values["parts_being_written_through"] = self._writing.total()
-            return {**values, **self._index.counts(), **self._tiers.stats()}
+            return {**values, **self._registry.counts(), **self._index.counts(), **self._tiers.stats()}
 
     def check(self) -> None:
         """See `BlockStore.check`."""
@@ -301,12 +290,13 @@ class Store:
 
     def _wanted(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> list[tuple[int, Wanted]]:
         """What an engine needs after the last of `keys`, by chunk and then group."""
-        if geometry not in self._roots:
+        root = self._registry.root(geometry)
+        if root is None:
             return []
         wanted = []
         for group, spec in enumerate(geometry.groups):
             for chunk in needed_units(spec, geometry.chunk_tokens, first_chunk, len(keys)):
-                parent = keys[chunk - 1] if chunk else self._roots[geometry]
+                parent = keys[chunk - 1] if chunk else root
                 wanted.append((chunk, Wanted((keys[chunk], group), parent, spec.part_bytes, geometry.num_ranks)))
         wanted.sort(key=lambda item: (item[0], item[1].id[1]))
         return wanted
@@ -318,7 +308,7 @@ class Store:
 
     def _locate(self, geometry: Geometry, keys: Sequence[bytes], group: int) -> list[Tier | None]:
         """The nearest place of this group of each chunk."""
-        if self._closed or geometry not in self._roots:
+        if self._closed or self._registry.root(geometry) is None:
             return [None] * len(keys)
         entries = [self._index.get((key, group)) for key in keys]
         tiers = [_tier_of(entry) for entry in entries]
@@ -360,14 +350,14 @@ class Store:
             for lease in waiting:
                 lease.awaited.discard(entry)
                 if not lease.awaited:
-                    self._ready.append(lease.job.job_id)
+                    self._leases.answer(lease, ok=True)
                     self._answered.notify_all()
 
     def _fail(self, lease: Lease) -> None:
         """A load whose tiers did not deliver is over."""
         self._leases.end(lease)
+        self._leases.answer(lease, ok=False)
         self._unpin(lease)
-        self._failed.append(lease.job.job_id)
         self._meter.add("failed_promotions")
         self._answered.notify_all()
 

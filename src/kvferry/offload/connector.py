@@ -23,7 +23,6 @@ from kvferry.offload.mover import Mover
 from kvferry.offload.planner import Planner
 from kvferry.offload.pools import read_group, read_pool
 from kvferry.offload.stores import RankArena, open_for_rank, open_for_scheduler
-from kvferry.transfer.copy import CopyEngine
 from kvferry.transfer.layout import Layout, UnknownLayout
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
         """A pool in which all layers share block ids and keep every token. Errors as `register_kv_cache_layout`."""
         layers = tuple(range(self._llm_args.num_layers))
-        self._register([(layers, None, read_pool(self._llm_args, kv_cache_tensor, len(layers)))])
+        self._register([(layers, None, read_pool(self._llm_args, kv_cache_tensor, layers))])
 
     def register_kv_cache_layout(self, layout: KvCacheLayout) -> None:
         """ConfigError: the arena is too small for one chunk."""
@@ -180,10 +179,12 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         if self._mover is not None:
             self._mover.close()
             self._beside.take_in(self._mover.take_ended())
+            self._mover = None
         arena = self._store.take_arena()
         self._mover = Mover(
             RankArena(self._store, arena),
-            [CopyEngine(layout, arena.buffer) for layout in self._layouts],
+            self._layouts,
+            self._options.chunk_tokens,
             self._llm_args.rank,
             self._passing_groups,
             ready_seconds=self._options.load_deadline_seconds,
@@ -216,8 +217,9 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
                 self._mover.load_beside(load.job, stream)
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
-        """All layers are awaited before the first: 83 MB take 11 ms on two idle cores, a twentieth of the pass."""
-        self._end_loads()
+        """Whether the loads went well is seen at the end of the pass, which is when the engine can be told."""
+        if self._mover is not None:
+            self._mover.wait_for_layer(layer_idx, stream)
 
     def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
         """Saved at the end of the pass, all layers of a block in one copy."""

@@ -11,9 +11,24 @@ from importlib import import_module
 import kvferry
 from kvferry.errors import KVFerryError
 
-COMMANDS = ("demo", "generate", "server", "keygen", "connectors", "config")
-"""Each is a module of this package with `add_arguments(parser)`, `run(arguments) -> int` and a docstring that says
-what the command does, with examples."""
+COMMANDS = (
+    "demo",
+    "generate",
+    "server",
+    "stats",
+    "top",
+    "ls",
+    "clear",
+    "pin",
+    "unpin",
+    "warm",
+    "check-store",
+    "keygen",
+    "connectors",
+    "config",
+)
+"""Each is a module of this package (a dash is an underline there) with `add_arguments(parser)`, `run(arguments) -> int`
+and a docstring that says what the command does, with examples."""
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -47,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvferry {kvferry.__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = import_module(f"kvferry.cli.{name}")
+        module = import_module(f"kvferry.cli.{name.replace('-', '_')}")
         summary, _, details = (module.__doc__ or "").partition("\n")
         command = commands.add_parser(
             name,

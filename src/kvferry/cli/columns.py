@@ -12,3 +12,8 @@ def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in table:
         cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)]
         print("  ".join([*cells, row[-1]]).rstrip())
+
+
+def megabytes(num_bytes: float) -> str:
+    """In millions of bytes, which is what sizes of stores are given in a thousand of."""
+    return f"{num_bytes / 1e6:,.1f} MB"

@@ -82,7 +82,7 @@ def open_for_scheduler(llm_args: LlmArgs, options: StoreOptions) -> tuple[BlockS
     if url is None:
         store = EMBEDDED.acquire(llm_args.engine_id, options, _ranks_url(llm_args))
         return store, partial(EMBEDDED.release, llm_args.engine_id)
-    client = StoreClient(url, options, name=f"{llm_args.engine_id} scheduler")
+    client = StoreClient(url, options, name=llm_args.model)
     return client, client.close
 
 
@@ -94,7 +94,7 @@ def open_for_rank(llm_args: LlmArgs, options: StoreOptions) -> tuple[RankStore |
         url = ranks_url
         options = dataclasses.replace(options, connect_deadline_seconds=_RANKS_CONNECT_SECONDS)
     if url is not None:
-        client = StoreClient(url, options, name=f"{llm_args.engine_id} rank {llm_args.rank}", maps_arena=True)
+        client = StoreClient(url, options, name=llm_args.model, maps_arena=True)
         return client, client.close
     store = EMBEDDED.acquire(llm_args.engine_id, options, ranks_url)
     return _EmbeddedRank(store) if store is not None else None, partial(EMBEDDED.release, llm_args.engine_id)

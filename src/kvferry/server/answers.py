@@ -19,26 +19,40 @@ from kvferry.server.protocol import (
     VERSION,
     Agreed,
     Answer,
+    AskClients,
     AskGeometry,
     AskMatch,
+    AskModels,
     AskStats,
+    AskUsage,
     Beat,
     BeginLoad,
     BeginStore,
     Begun,
+    Bring,
     Broken,
+    Brought,
     Bye,
     Cancel,
     Check,
+    Clear,
+    Client,
+    Clients,
+    Counted,
     Done,
     Found,
     Hello,
     JobDone,
+    Keep,
+    Model,
+    Models,
     Polled,
     Question,
     Refused,
     Register,
     Stranger,
+    Unkeep,
+    Used,
     Values,
     Welcome,
     split_keys,
@@ -94,6 +108,8 @@ class Answerer:
             if session is None:
                 self.meter.add("server_strangers")
                 return Stranger()
+            if not isinstance(question, Beat | AskStats):
+                self._asked_at, self._has_changed = self._clock(), True
             return self._answer(session, question)
         except (ConfigError, ValueError) as error:
             self.meter.add("server_refused")
@@ -157,36 +173,54 @@ class Answerer:
         return Welcome(self._store.arena())
 
     def _answer(self, session: Session, question: Question) -> Answer:
-        store = self._store
-        if not isinstance(question, Beat | AskStats):
-            self._asked_at, self._has_changed = self._clock(), True
+        """What engines ask."""
+        store, owner = self._store, session.owner
         match question:
             case AskMatch(root, keys):
                 return Found.of(store.match(self._geometry(root), split_keys(keys)))
-            case Beat():
-                return Done()
             case JobDone(job_id, rank, ok):
                 store.done(job_id, rank, ok)
-            case BeginLoad(root, keys, first_chunk):
-                geometry = self._geometry(root)
-                return self._begun(
-                    session, store.begin_load(geometry, split_keys(keys), first_chunk, owner=session.owner)
-                )
-            case BeginStore(root, keys, first_chunk):
-                geometry = self._geometry(root)
-                return Begun(store.begin_store(geometry, split_keys(keys), first_chunk, owner=session.owner))
+            case BeginLoad(root, keys, first_chunk, salt):
+                geometry, of_chunks = self._geometry(root), split_keys(keys)
+                return self._begun(session, store.begin_load(geometry, of_chunks, first_chunk, owner=owner, salt=salt))
+            case BeginStore(root, keys, first_chunk, salt):
+                geometry, of_chunks = self._geometry(root), split_keys(keys)
+                return Begun(store.begin_store(geometry, of_chunks, first_chunk, owner=owner, salt=salt))
             case Cancel(job_id):
                 store.cancel(job_id)
             case Register(engine, rank, geometry):
                 self._register(session, engine, rank, geometry)
             case AskGeometry(engine):
                 return Agreed(store.geometry(engine))
-            case AskStats():
-                return Values({**store.stats(), **self.meter.snapshot(), "server_clients": len(self.sessions)})
-            case Check():
-                store.check()
             case Bye():
                 self.end(session, "leaves")
+            case _:
+                return self._manage(question)
+        return Done()
+
+    def _manage(self, question: Question) -> Answer:
+        """What people ask."""
+        store = self._store
+        match question:
+            case AskStats():
+                return Values({**store.stats(), **self.meter.snapshot(), "server_clients": len(self.sessions)})
+            case AskModels():
+                names = {root: session.name for session in self.sessions for root in session.registered.values()}
+                return Models([Model(name, root, self._geometries[root]) for root, name in names.items()])
+            case AskUsage():
+                return Used(store.usage())
+            case AskClients():
+                return Clients([_client_of(session) for session in self.sessions])
+            case Clear(selection):
+                return Counted(store.clear(selection))
+            case Keep(selection, ttl_seconds):
+                return Counted(store.keep(selection, ttl_seconds))
+            case Unkeep(selection):
+                return Counted(store.unkeep(selection))
+            case Bring(root, keys, salt):
+                return Brought(store.prefetch(self._geometry(root), split_keys(keys), salt))
+            case Check():
+                store.check()
         return Done()
 
     def _geometry(self, root: bytes) -> Geometry:
@@ -213,3 +247,9 @@ class Answerer:
         root = root_key(geometry)
         session.registered[engine, rank] = root
         self._geometries[root] = geometry
+
+
+def _client_of(session: Session) -> Client:
+    """What people are told of a session."""
+    ranks = [f"{engine}/{rank}" for engine, rank in session.registered]
+    return Client(session.name, session.pid, ranks, session.silent_seconds)

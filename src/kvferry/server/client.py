@@ -118,16 +118,20 @@ class StoreClient:
         answer = self._ask(question, self._options.match_deadline_seconds)
         return answer.match() if isinstance(answer, Found) else Match(0)
 
-    def begin_load(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> Job | None:
+    def begin_load(
+        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, salt: str | None = None
+    ) -> Job | None:
         """See `BlockStore.begin_load`."""
-        job = self._begin(BeginLoad(self._root_of(geometry), join_keys(keys), first_chunk))
+        job = self._begin(BeginLoad(self._root_of(geometry), join_keys(keys), first_chunk, salt))
         if job is not None and not job.ready:
             self._awaited[job.job_id] = time.monotonic() + 2 * self._options.load_deadline_seconds
         return job
 
-    def begin_store(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> Job | None:
+    def begin_store(
+        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, salt: str | None = None
+    ) -> Job | None:
         """See `BlockStore.begin_store`."""
-        return self._begin(BeginStore(self._root_of(geometry), join_keys(keys), first_chunk))
+        return self._begin(BeginStore(self._root_of(geometry), join_keys(keys), first_chunk, salt))
 
     def done(self, job_id: int, rank: int, ok: bool) -> None:
         """See `BlockStore.done`. Said and not waited for: what is lost leaves the job to its lease's end."""

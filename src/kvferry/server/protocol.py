@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 
 from kvferry.blocks import Geometry, Job, Tier
-from kvferry.store.base import ArenaInfo, Match
+from kvferry.store.base import ArenaInfo, Match, Prefetch, Selection, Tally, Usage
 from kvferry.store.keys import KEY_BYTES
 
 VERSION: Final = 2
@@ -45,7 +45,7 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 class Hello(_Message, frozen=True):
     """Who serves here? now: the client's clock, which must be the server's. pid_namespace and pid_start tell whether
-    the server sees the same process under `pid`. name: for people."""
+    the server sees the same process under `pid`. name: for people, the model's."""
 
     version: int
     pid: int
@@ -90,6 +90,7 @@ class BeginLoad(_Message, frozen=True):
     root: bytes
     keys: bytes
     first_chunk: int
+    salt: str | None = None
 
 
 class BeginStore(_Message, frozen=True):
@@ -98,6 +99,7 @@ class BeginStore(_Message, frozen=True):
     root: bytes
     keys: bytes
     first_chunk: int
+    salt: str | None = None
 
 
 class JobDone(_Message, frozen=True):
@@ -120,6 +122,48 @@ class AskStats(_Message, frozen=True):
 
 class Check(_Message, frozen=True):
     """`BlockStore.check`."""
+
+
+# -- questions of people -------------------------------------------------------------------------------------------
+
+
+class AskModels(_Message, frozen=True):
+    """Which geometries do live engines have?"""
+
+
+class AskUsage(_Message, frozen=True):
+    """`Store.usage`."""
+
+
+class AskClients(_Message, frozen=True):
+    """Who is connected?"""
+
+
+class Clear(_Message, frozen=True):
+    """`Store.clear`."""
+
+    selection: Selection
+
+
+class Keep(_Message, frozen=True):
+    """`Store.keep`."""
+
+    selection: Selection
+    ttl_seconds: float
+
+
+class Unkeep(_Message, frozen=True):
+    """`Store.unkeep`."""
+
+    selection: Selection
+
+
+class Bring(_Message, frozen=True):
+    """`Store.prefetch`."""
+
+    root: bytes
+    keys: bytes
+    salt: str | None
 
 
 # -- answers -------------------------------------------------------------------------------------------------------
@@ -190,6 +234,53 @@ class Values(_Message, frozen=True):
     values: dict[str, float]
 
 
+class Model(msgspec.Struct, frozen=True):
+    """A geometry of live engines, its root key, and what their users call the model."""
+
+    name: str
+    root: bytes
+    geometry: Geometry
+
+
+class Models(_Message, frozen=True):
+    """The geometries of live engines."""
+
+    models: list[Model]
+
+
+class Used(_Message, frozen=True):
+    """What lies in memory."""
+
+    usage: list[Usage]
+
+
+class Client(msgspec.Struct, frozen=True):
+    """A session. ranks: what it has registered, as ENGINE/RANK; none: it asks."""
+
+    name: str
+    pid: int
+    ranks: list[str]
+    silent_seconds: float
+
+
+class Clients(_Message, frozen=True):
+    """Live sessions."""
+
+    clients: list[Client]
+
+
+class Counted(_Message, frozen=True):
+    """How much a command concerned."""
+
+    tally: Tally
+
+
+class Brought(_Message, frozen=True):
+    """How far a prefetch is."""
+
+    prefetch: Prefetch
+
+
 Question = (
     Hello
     | Bye
@@ -203,8 +294,31 @@ Question = (
     | Cancel
     | AskStats
     | Check
+    | AskModels
+    | AskUsage
+    | AskClients
+    | Clear
+    | Keep
+    | Unkeep
+    | Bring
 )
-Answer = Welcome | Done | Refused | Broken | Stranger | Agreed | Found | Begun | Polled | Values
+Answer = (
+    Welcome
+    | Done
+    | Refused
+    | Broken
+    | Stranger
+    | Agreed
+    | Found
+    | Begun
+    | Polled
+    | Values
+    | Models
+    | Used
+    | Clients
+    | Counted
+    | Brought
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_question = msgspec.msgpack.Decoder(tuple[int, float, Question]).decode

@@ -53,13 +53,14 @@ class ServerProcess:
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.url = f"ipc://{folder / 'server.sock'}"
         self._folder = folder
-        self._arguments = [*arguments, "--socket", self.url, "--arena-dir", str(folder / "arena")]
+        self.place = ["--socket", self.url, "--arena-dir", str(folder / "arena")]
+        self.command = [sys.executable, "-m", "kvferry", "server"]
+        self.arguments = [*arguments, *self.place]
         self.start()
 
     def start(self) -> None:
         """Start it again. Returns when it listens."""
-        command = [sys.executable, "-m", "kvferry", "server", *self._arguments]
-        self.popen = subprocess.Popen(command, stdout=subprocess.PIPE)
+        self.popen = subprocess.Popen([*self.command, *self.arguments], stdout=subprocess.PIPE)
         assert self.popen.stdout is not None
         assert self.popen.stdout.readline().startswith(b"kvferry server: "), "the server starts"
 

@@ -88,7 +88,9 @@ def soak(folder: Path, seconds: float, rng: random.Random) -> None:
             engine.kill()
             engine.wait()
         stats = settled(server.url)
-        print(f"{seconds:g} s, kills {kills}, evicted {stats.get('evicted_entries', 0):,.0f}, first {first}, last {busy}")
+        print(
+            f"{seconds:g} s, kills {kills}, evicted {stats.get('evicted_entries', 0):,.0f}, first {first}, last {busy}"
+        )
         assert busy.resident_mb < first.resident_mb * 1.3 + 10, "the server's memory grows"
         assert busy.num_fds <= first.num_fds + 8 * NUM_ENGINES, "the server's descriptors grow"
         assert busy.num_threads <= first.num_threads + 2, "the server's threads grow"

@@ -46,7 +46,7 @@ def make_engine(url: str | None) -> FakeEngine:
     )
     args = fake_llm_args(
         config,
-        model_identity=WEIGHTS if url else None,
+        model_identity=WEIGHTS,
         engine_id=f"engine of {os.getpid()} {random.getrandbits(32)}",
         kv_cache_config=KvCacheConfig(tokens_per_block=4, enable_block_reuse=False),
     )
@@ -249,7 +249,10 @@ def report(request: pytest.FixtureRequest, plain_seconds: float) -> Iterator[dic
     scenes: dict[str, list[Scene]] = {}
     yield scenes
     if request.config.getoption("--fault-rounds") > 1:
-        lines = [f"plain: {plain_seconds * 1e3:.1f} ms at most", "| row | runs | requests | hits | median ms | over plain ms |"]
+        lines = [
+            f"plain: {plain_seconds * 1e3:.1f} ms at most",
+            "| row | runs | requests | hits | median ms | over plain ms |",
+        ]
         lines.append("|---|---|---|---|---|---|")
         for name, of in scenes.items():
             seconds = [value for scene in of for value in scene.seconds]

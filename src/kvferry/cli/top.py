@@ -63,8 +63,13 @@ def _lines(console: Console, values: Mapping[str, float], last: Mapping[str, flo
     hits = {tier: since(f"matched_chunks_{tier}") for tier in ("memory", "disk", "remote")}
     asked = sum(hits.values()) + since("unmatched_chunks")
     shares = ", ".join(f"{tier} {count / asked:.0%}" for tier, count in hits.items() if count)
-    yield f"hit rate   {sum(hits.values()) / asked:.0%} of {asked:,.0f} chunks ({shares or 'none'})" if asked else "hit rate   -"
-    yield f"memory     {megabytes(of('entries_bytes'))} of {megabytes(of('arena_bytes'))}, {of('entries_committed'):,.0f} entries"
+    yield (
+        f"hit rate   {sum(hits.values()) / asked:.0%} of {asked:,.0f} chunks ({shares or 'none'})"
+        if asked
+        else "hit rate   -"
+    )
+    size = f"{megabytes(of('entries_bytes'))} of {megabytes(of('arena_bytes'))}"
+    yield f"memory     {size}, {of('entries_committed'):,.0f} entries"
     yield f"disk       {megabytes(of('disk_used_bytes'))}"
     yield "copies     " + ", ".join(f"{name} {since(key) / seconds / 1e9:.2f} GB/s" for name, key in _RATES.items())
     yield f"leases     {of('leases'):,.0f}; lapsed {of('lapsed_leases'):,.0f}; evicted {of('evicted_entries'):,.0f}"

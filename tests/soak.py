@@ -64,7 +64,7 @@ def settled(url: str, seconds: float = 10.0) -> dict[str, float]:
 
 
 def soak(folder: Path, seconds: float, rng: random.Random) -> None:
-    arguments = ("--chunk-size", "16", "--l1-size-gb", "0.00012", "--disk-path", str(folder / "disk"))
+    arguments = ("--chunk-size", "16", "--l1-size-gb", "0.00006", "--disk-path", str(folder / "disk"))
     with ServerProcess(folder, *arguments, "--disk-size-gb", "0.001") as server:
         engines = [start_engine(server.url) for _ in range(NUM_ENGINES)]
         time.sleep(min(10.0, seconds / 4))

@@ -8,6 +8,7 @@ folder goes on with what was in memory.
 examples:
   kvferry server --l1-size-gb 10
   kvferry server --socket ipc:///run/kvferry/server.sock --disk-path /data/kv --disk-size-gb 200
+  kvferry server --quota tenant-7=2 --quota tenant-8=0.5
   kvferry server --host 127.0.0.1 --port 7440 --eviction-policy s3fifo
 """
 
@@ -56,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disk-size-gb", type=float, metavar="GB", help="most that the disk tier may occupy")
     parser.add_argument("--arena-dir", metavar="DIR", help="folder of the shared memory; one server each")
     parser.add_argument(
+        "--quota",
+        action="append",
+        default=[],
+        type=_quota,
+        metavar="SALT=GB",
+        help="most memory of requests with a cache salt (repeatable)",
+    )
+    parser.add_argument(
         "--keep-arena", action="store_true", help="leave what is in memory to the next server, on a stop"
     )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
@@ -83,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in _SIGNALS:
         signal.signal(number, lambda *_: stop.set())
-    store = _patiently(lambda: open_store(options, for_server=True))
+    store = _patiently(lambda: open_store(options, for_server=True, quotas=dict(arguments.quota)))
     try:
         server = _patiently(lambda: StoreServer(Answerer(store, options), endpoint, keys))
         try:
@@ -97,6 +106,18 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         store.close(keep_arena=arguments.keep_arena)
     return 0 if stop.is_set() else 1
+
+
+def _quota(text: str) -> tuple[str, int]:
+    """For argparse."""
+    salt, _, size = text.rpartition("=")
+    try:
+        num_bytes = int(float(size) * 1e9)
+    except (OverflowError, ValueError):
+        num_bytes = 0
+    if not salt or num_bytes <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SALT=GB, such as tenant-7=0.5")
+    return salt, num_bytes
 
 
 def _patiently(make: Callable[[], _Made]) -> _Made:

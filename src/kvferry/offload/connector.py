@@ -18,7 +18,7 @@ from kvferry.connector.layout import KvCacheLayout
 from kvferry.errors import ConfigError
 from kvferry.observability.log import set_level
 from kvferry.offload.identity import PoolGroup, check_chunk_tokens, identity, make_geometry
-from kvferry.offload.metadata import PassMetadata, RequestJob
+from kvferry.offload.metadata import CopyJob, PassMetadata, RequestJob
 from kvferry.offload.mover import Mover
 from kvferry.offload.planner import Planner
 from kvferry.offload.pools import read_group, read_pool
@@ -228,13 +228,11 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         """Begin to save what the pass completed, but nothing that it computed from a load that failed."""
         self._end_loads()
         if self._mover is not None:
-            stores, self._stores = self._stores, []
-            for store in stores:
-                if store.request_id in self._failed:
-                    self._mover.give_up(store.job)
-            kept = [store for store in stores if store.request_id not in self._failed]
+            kept = [store for store in self._stores if store.request_id not in self._failed]
+            self._stores = [store for store in self._stores if store.request_id in self._failed]
             self._beside.saves.update((store.job.job_id, store.request_id) for store in kept)
             self._mover.save([store.job for store in kept], stream)
+        self._give_up_stores()
         self._clear_connector_meta()
 
     def get_finished(
@@ -266,31 +264,39 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
 
     def _end_loads(self) -> None:
         """Wait for the pass's loads; those that were never begun have failed."""
-        if self._mover is None or not (self._loads or self._loading):
+        if not (self._loads or self._loading):
             return
         loads, self._loads = self._loads, []
         loading, self._loading = self._loading, {}
         for load in loads:
-            self._mover.give_up(load.job)
-        failed = {load.request_id for load in loads} | {loading[job_id] for job_id in self._mover.end_loads()}
+            self._give_up(load.job)
+        failed = {load.request_id for load in loads}
+        if self._mover is not None:
+            failed |= {loading[job_id] for job_id in self._mover.end_loads()}
         self._failed |= failed
         self._unreported |= failed
 
     def _give_up_async_loads(self) -> None:
         """End the loads that a pass should have begun. What is not in `_beside` is reported as failed once offered."""
         loads, self._async_loads = self._async_loads, []
-        if self._mover is not None:
-            for load in loads:
-                self._mover.give_up(load.job)
+        for load in loads:
+            self._give_up(load.job)
+
+    def _give_up_stores(self) -> None:
+        stores, self._stores = self._stores, []
+        for store in stores:
+            self._give_up(store.job)
+
+    def _give_up(self, job: CopyJob) -> None:
+        """End a job without copying: its blocks hold nothing worth keeping, or nobody waits for them any more."""
+        if self._store is not None:
+            self._store.done(job.job_id, self._llm_args.rank, False)
 
     def _give_up_pass(self) -> None:
         """End the jobs of a pass that never came to its end."""
         self._end_loads()
         self._give_up_async_loads()
-        if self._mover is not None:
-            for store in self._stores:
-                self._mover.give_up(store.job)
-        self._stores = []
+        self._give_up_stores()
 
 
 class _Beside:

@@ -93,10 +93,6 @@ class Mover:
         loading, self._loading = self._loading, {}
         return [job.job_id for job, copies in loading.values() if not self._end(job, copies)]
 
-    def give_up(self, job: CopyJob) -> None:
-        """End a job without copying: its blocks hold nothing worth keeping, or nobody waits for them any more."""
-        self._store.done(job.job_id, self._rank, ok=False)
-
     # -- beside the passes; `take_ended` reports each job once -------------------------------------------------------
 
     def load_beside(self, job: CopyJob, stream: Any) -> None:

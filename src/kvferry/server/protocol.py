@@ -31,9 +31,9 @@ ATTENDANCE_LINK: Final = b"a"
 """A client has two connections: one to ask, on which answers come that were not asked for, and one to show that it
 lives. A routing id is one of these bytes and the client's id."""
 
-MOST_MESSAGE_BYTES: Final = 8 << 20
+MOST_MESSAGE_BYTES: Final = 2 << 20
 MOST_KEYS: Final = MOST_MESSAGE_BYTES // KEY_BYTES // 2
-"""Of one question: 33 million tokens in chunks of 256. What lies beyond is not asked for."""
+"""Of one question: 8 million tokens in chunks of 256. What lies beyond is not asked for."""
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):

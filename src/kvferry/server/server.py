@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _SWEEP_MILLISECONDS: Final = 100
 _TIERS_MILLISECONDS: Final = 2
 """How often lower tiers are looked at while a load waits for them."""
+_MOST_UNREAD: Final = 128
+"""Messages of one client that wait in this process; more wait in the client's."""
 _MOST_AT_ONCE: Final = 256
 
 
@@ -51,6 +53,7 @@ class StoreServer:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.maxmsgsize = MOST_MESSAGE_BYTES
+        self._socket.rcvhwm = _MOST_UNREAD
         self._socket.router_handover = (
             True  # A client that comes back may be quicker than the end of its last connection.
         )

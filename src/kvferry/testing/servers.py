@@ -62,7 +62,9 @@ class ServerProcess:
         """Start it again. Returns when it listens."""
         self.popen = subprocess.Popen([*self.command, *self.arguments], stdout=subprocess.PIPE)
         assert self.popen.stdout is not None
-        assert self.popen.stdout.readline().startswith(b"kvferry server: "), "the server starts"
+        if not self.popen.stdout.readline().startswith(b"kvferry server: "):
+            self.kill()
+            raise AssertionError("the server does not start")
 
     def __enter__(self) -> Self:
         return self

@@ -37,7 +37,9 @@ def make_arena(tmp_path: Path) -> Iterator[MakeArena]:
 
 
 def header(slot: Slot, state: int) -> SlotHeader:
-    return SlotHeader(slot.generation, state, slot.num_bytes, 1, 2, 3, bytes(16), b"k" * 32, b"p" * 32)
+    return SlotHeader(
+        slot.generation, state, slot.num_bytes, 1, 2, 3, bytes(16), b"k" * 32, b"p" * 32, b"g" * 8, b"s" * 8
+    )
 
 
 def test_the_file_and_its_folder_are_the_users_alone(make_arena: MakeArena) -> None:
@@ -125,7 +127,9 @@ def test_a_slab_has_no_slot_that_its_memory_resembles(make_arena: MakeArena) -> 
     start = arena.unit_offset(0)
     arena.buffer[start : start + UNIT_BYTES] = b"\2" * UNIT_BYTES
     slots = [Slot(offset, 640, 0) for offset in arena.format_slab(0, 1, 640, rank=0)]
-    assert {arena.read_header(slot) for slot in slots} == {SlotHeader(0, FREE, 0, 0, 0, 0, *map(bytes, (16, 32, 32)))}
+    assert {arena.read_header(slot) for slot in slots} == {
+        SlotHeader(0, FREE, 0, 0, 0, 0, *map(bytes, (16, 32, 32, 8, 8)))
+    }
 
 
 def test_an_offset_in_no_slab_has_no_header(make_arena: MakeArena) -> None:

@@ -17,9 +17,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from kvferry.blocks import Geometry, GroupKind, Job, Slot, Tier
 from kvferry.config import StoreOptions
 from kvferry.store.arena import Arena, Writing
-from kvferry.store.base import PartName
-from kvferry.store.index import EntryState
-from kvferry.store.store import Store
+from kvferry.store.base import PartName, Selection, Tally
+from kvferry.store.index import EntryId, EntryState
+from kvferry.store.keys import salt_tag
+from kvferry.store.managed import ManagedStore
 from kvferry.store.tier import ByteTier
 from kvferry.testing.block_store import (
     CHUNK_TOKENS,
@@ -34,6 +35,9 @@ from kvferry.testing.byte_store import DictByteStore
 from kvferry.testing.faults import FaultyByteStore
 
 OWNERS = st.sampled_from(["one", "two"])
+SALTS = st.sampled_from([None, "tenant"])
+ARENA_BYTES = 230_000
+QUOTA_BYTES = 70_000
 
 
 @dataclasses.dataclass(eq=False)
@@ -76,6 +80,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.live: dict[int, Work] = {}
         self.lapsed: dict[int, Work] = {}
         """Stores that the store took back while ranks were copying."""
+        self.kept: dict[EntryId, float] = {}
+        """What is not to be evicted, until when."""
         self.open()
 
     def make_geometry(self) -> Geometry:
@@ -84,13 +90,20 @@ class StoreMachine(RuleBasedStateMachine):
     def open(self) -> None:
         options = StoreOptions(
             chunk_tokens=CHUNK_TOKENS,
-            l1_size_gb=230_000 / 1e9,
+            l1_size_gb=ARENA_BYTES / 1e9,
             arena_dir=str(self.folder),
             load_deadline_seconds=2.0,
             eviction_policy="s3fifo" if isinstance(self, HybridMachine) else "lru",
         )
         tier = ByteTier(self.backend, Tier.DISK, clock=lambda: self.now)
-        self.store = Store(options, tiers=[tier], lease_seconds=60.0, clock=lambda: self.now, adopt=True)
+        self.store = ManagedStore(
+            options,
+            tiers=[tier],
+            lease_seconds=60.0,
+            clock=lambda: self.now,
+            adopt=True,
+            quotas={"tenant": QUOTA_BYTES},
+        )
         self.arena: Arena = self.store.mapping
         register(self.store, self.geometry)
 
@@ -102,6 +115,9 @@ class StoreMachine(RuleBasedStateMachine):
             return keys[:2] + tail[2:]
         return keys
 
+    def salt(self, prompt: int) -> str | None:
+        return "tenant" if prompt > 2 else None
+
     def took(self, job: Job | None, keys: list[bytes], owner: str) -> Work | None:
         if job is None:
             return None
@@ -112,7 +128,17 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(target=stores, prompt=st.integers(0, 5), num_chunks=st.integers(1, 6), first=st.integers(0, 3), owner=OWNERS)
     def begin_store(self, prompt: int, num_chunks: int, first: int, owner: str) -> Work | None:
         keys = self.keys(prompt, num_chunks)
-        return self.took(self.store.begin_store(self.geometry, keys, min(first, num_chunks), owner=owner), keys, owner)
+        first, salt = min(first, num_chunks), self.salt(prompt)
+        return self.took(self.store.begin_store(self.geometry, keys, first, salt=salt, owner=owner), keys, owner)
+
+    @rule(prompts=st.lists(st.integers(0, 5), min_size=1, max_size=4), num_chunks=st.integers(1, 6))
+    def save(self, prompts: list[int], num_chunks: int) -> None:
+        """Most stores end well, and at once."""
+        for prompt in prompts:
+            work = self.begin_store(prompt, num_chunks, 0, "one")
+            for rank in range(self.geometry.num_ranks):
+                self.rank_stores(work, rank, True)
+            self.settle()
 
     @rule(target=loads, prompt=st.integers(0, 5), num_chunks=st.integers(1, 6), first=st.integers(0, 3), owner=OWNERS)
     def begin_load(self, prompt: int, num_chunks: int, first: int, owner: str) -> Work | None:
@@ -122,7 +148,8 @@ class StoreMachine(RuleBasedStateMachine):
         if match.num_chunks <= first:
             return None
         keys = keys[: match.num_chunks]
-        work = self.took(self.store.begin_load(self.geometry, keys, first, owner=owner), keys, owner)
+        job = self.store.begin_load(self.geometry, keys, first, salt=self.salt(prompt), owner=owner)
+        work = self.took(job, keys, owner)
         if work is not None and not work.job.ready:
             self.await_answer(work)
         return work if work is not None and work.job.job_id in self.live else None
@@ -214,6 +241,36 @@ class StoreMachine(RuleBasedStateMachine):
                 self.took_back(work)
         self.lapsed = {job_id: work for job_id, work in self.lapsed.items() if work.writing}
 
+    @rule(prompt=st.integers(0, 5), num_chunks=st.integers(1, 6))
+    def prefetch(self, prompt: int, num_chunks: int) -> None:
+        keys = self.keys(prompt, num_chunks)
+        found = self.store.prefetch(self.geometry, keys, salt=self.salt(prompt))
+        assert found.num_in_memory + found.num_under_way <= found.num_entries
+
+    @rule(prompts=st.sets(st.integers(0, 5)), salt=SALTS, unused=st.sampled_from([None, None, 0.0, 50.0]))
+    def clear(self, prompts: set[int], salt: str | None, unused: float | None) -> None:
+        keys = frozenset(key for prompt in prompts for key in self.keys(prompt, 6)) if prompts else None
+        selection = Selection(keys=keys, salt_tag=salt_tag(salt) if salt else None, unused_seconds=unused)
+        meant = [entry for entry in self.store._index.select(selection) if not self.store._index.is_pinned(entry)]
+        cleared = self.store.clear(selection)
+        assert cleared == Tally(len(meant), sum(entry.num_bytes for entry in meant))
+        for entry in meant:
+            assert self.store._index.get(entry.id) is None
+            assert self.store._tiers.source(entry.id, self.geometry.num_ranks) is None
+
+    @rule(prompt=st.integers(0, 5), num_chunks=st.integers(1, 6), seconds=st.sampled_from([5.0, 50.0]))
+    def keep(self, prompt: int, num_chunks: int, seconds: float) -> None:
+        keys = frozenset(self.keys(prompt, num_chunks))
+        tally = self.store.keep(Selection(keys=keys), seconds)
+        self.kept = dict(self.store._index._kept)
+        assert sum(until == self.now + seconds for until in self.kept.values()) >= tally.num_entries
+
+    @rule(salt=SALTS)
+    def unkeep(self, salt: str | None) -> None:
+        self.store.unkeep(Selection(salt_tag=salt_tag(salt)))
+        self.kept = dict(self.store._index._kept)
+        assert not any(self.store._index.get(kept).wanted.salt_tag == salt_tag(salt) for kept in self.kept)  # type: ignore[union-attr]
+
     @rule(fault=st.sampled_from(["none", "none", "put", "get", "short"]))
     def tier_changes(self, fault: str) -> None:
         self.backend.put_error = OSError(errno.ENOSPC, "full") if fault == "put" else None
@@ -245,6 +302,7 @@ class StoreMachine(RuleBasedStateMachine):
                 work.die()
             self.lapsed.clear()
         self.store.close(keep_arena=True)
+        self.kept.clear()
         self.open()
         assert {entry.id for entry in self.store._index} == committed
         assert self.store.stats()["slots_withdrawn"] == self.num_written()
@@ -254,6 +312,7 @@ class StoreMachine(RuleBasedStateMachine):
             work.die()
         self.live.clear()
         self.lapsed.clear()
+        self.kept.clear()
         self.store.close()
 
     @invariant()
@@ -263,12 +322,20 @@ class StoreMachine(RuleBasedStateMachine):
         stats = self.store.stats()
         assert stats["leases"] == len(self.live)
         assert stats["slots_withdrawn"] >= self.num_written()
+        usage = self.store.usage()
+        assert sum(of.num_bytes for of in usage) == stats["entries_bytes"]
+        assert sum(of.num_bytes for of in usage if of.salt_tag == salt_tag("tenant")) <= QUOTA_BYTES
+        kept = [entry_id for entry_id, until in self.kept.items() if until > self.now]
+        entries = [self.store._index.get(entry_id) for entry_id in kept]
+        assert all(entries), "what is to be kept is there"
+        assert sum(entry.num_bytes for entry in entries if entry) <= ARENA_BYTES / 2
 
     def settle(self) -> None:
         """Let the tier's threads finish, so that each run of these steps is the same run."""
         for _ in range(10_000):
             stats = self.store.stats()
-            if not (stats["parts_being_written_through"] or stats["entries_promoting"]):
+            under_way = ("parts_being_written_through", "entries_promoting", "disk_queued_deletes")
+            if not any(stats[name] for name in under_way):
                 return
             threading.Event().wait(0.0005)
         raise AssertionError("the tier's threads do not finish")

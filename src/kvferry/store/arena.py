@@ -50,8 +50,9 @@ _MOST_RANKS: Final = (1 << 16) - 1
 _SLAB_HEADER = struct.Struct("<QQQQQ")  # slot stride, slots, rank, units, offset of the first payload in the slab
 _TABLE_ENTRY_BYTES: Final = 4
 """Of each unit: 0, or one more than the first unit of its slab."""
-_SLOT_HEADER = struct.Struct("<QQQHHHxx16s32s32s16x")
-"""Generation, state, payload bytes, group, rank, ranks, checksum (zeros: unknown), key, parent key."""
+_SLOT_HEADER = struct.Struct("<QQQHHHxx16s32s32s8s8s")
+"""Generation, state, payload bytes, group, rank, ranks, checksum (zeros: unknown), key, parent key, tags of the
+geometry and of the salt (zeros: none)."""
 _HEADER_BYTES: Final = 128
 _STATE_OFFSET: Final = 8
 _STATE = struct.Struct("<Q")
@@ -74,6 +75,8 @@ class SlotHeader(NamedTuple):
     checksum: bytes
     key: bytes
     parent: bytes
+    geometry_tag: bytes
+    salt_tag: bytes
 
 
 class FoundSlab(NamedTuple):
@@ -137,6 +140,7 @@ class Arena:
         if (lock := lock_ranges(fd, [])) is None:
             raise ArenaError(f"the kernel gives no locks on {path}: /proc must be mounted")
         os.close(lock)
+        # This duplicates the descriptor: as long as a view of the mapping is in use, the next owner is locked out.
         self._map = mmap.mmap(fd, num_bytes)
         self.buffer = memoryview(self._map)
         self.unit_bytes = unit_bytes_of(num_bytes)
@@ -174,7 +178,8 @@ class Arena:
                 file.unlink()
             os.close(fd)
             raise ArenaError(f"an arena of {num_bytes} bytes cannot be made in {path}: {error}") from error
-        unit_bytes, boots = arena.unit_bytes, (boots or 0) + 1
+        # A new file begins anywhere, so that what was said of an earlier one of the same name means nothing here.
+        unit_bytes, boots = arena.unit_bytes, (secrets.randbelow(_MOST_BOOTS // 2) if boots is None else boots) + 1
         _SUPERBLOCK.pack_into(arena.buffer, 0, _MAGIC, _FORMAT, num_bytes, unit_bytes, boots, boot_id.encode())
         return arena
 

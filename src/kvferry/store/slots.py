@@ -258,6 +258,10 @@ class SlotAllocator:
         if len(slab.free) == slab.num_slots:
             self._dissolve(slab)
 
+    def has_free(self, needs: Mapping[SlotClass, int]) -> bool:
+        """Whether `needs` slots of each class can be taken as things are."""
+        return all(self._num_free[of] >= count for of, count in needs.items())
+
     def room(self, needs: Mapping[SlotClass, int], *, tight: bool = False) -> Room:
         """Ask whether, and after giving back what, `needs` slots of each class could be taken."""
         return Room(self, needs, tight=tight)

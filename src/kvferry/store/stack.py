@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from kvferry.blocks import Slot, Tier
@@ -68,6 +68,19 @@ class TierStack:
                 begin(entry)
                 if not tier.put(name, view_of(slot), partial(ended, entry)):
                     ended(entry, False)
+
+    def touch(self, entries: Iterable[Entry]) -> None:
+        """These entries were used, from memory."""
+        if self._tiers:
+            names = [name for entry in entries for name in _names(entry.id, len(entry.slots))]
+            for tier in self._tiers:
+                tier.touch(names)
+
+    def delete(self, entries: Iterable[Entry]) -> None:
+        """Forget what tiers hold of these entries, at once; it is deleted soon."""
+        names = [name for entry in entries for name in _names(entry.id, len(entry.slots))]
+        for tier in self._tiers:
+            tier.delete(names)
 
     def stats(self) -> Mapping[str, float]:
         return {name: value for tier in self._tiers for name, value in tier.stats().items()}

@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from kvferry.blocks import Geometry, GroupKind, Job, JobKind, Tier
@@ -33,9 +34,9 @@ from kvferry.observability.metrics import Meter
 from kvferry.store.arena import Arena
 from kvferry.store.base import ArenaInfo, Match, PollResult
 from kvferry.store.index import Entry, EntryId, EntryState, Index, Wanted
+from kvferry.store.keys import geometry_tag, salt_tag
 from kvferry.store.leases import Lease, LeaseTable
 from kvferry.store.registry import Registry
-from kvferry.store.slots import fits
 from kvferry.store.stack import TierStack
 from kvferry.store.tier import ByteTier
 
@@ -53,7 +54,8 @@ class Store:
 
     tiers: below memory, nearest first; the store owns them. lease_seconds: how long a job may take. clock: seconds,
     monotonic. adopt: for a server, whose arena has a fixed name in its folder and outlives it if it is killed: what the
-    last one had committed is here again. ArenaError: shared memory cannot be made, or another server has it.
+    last one had committed is here again. quotas: by cache salt, the most bytes that its entries may have in memory.
+    ArenaError: shared memory cannot be made, or another server has it.
     """
 
     def __init__(
@@ -64,15 +66,22 @@ class Store:
         lease_seconds: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
         adopt: bool = False,
+        quotas: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._options = options
         self._clock = clock
         self._arena = Arena.create(int(options.l1_size_gb * 1e9), options.arena_dir, adopt=adopt)
         self._tiers = TierStack(tiers, self._arena.info.num_bytes // WRITING_SHARE)
-        self._index = Index(self._arena, options.eviction_policy, adopt=adopt)
+        self._index = Index(
+            self._arena,
+            options.eviction_policy,
+            clock=clock,
+            quotas={salt_tag(salt): num_bytes for salt, num_bytes in quotas.items()},
+            adopt=adopt,
+        )
         if len(self._index):
             logger.info("%d parts of an earlier server are kept in %s", len(self._index), self._arena.info.path)
-        self._registry = Registry()
+        self._registry = Registry(self._arena)
         self._lease_seconds = lease_seconds
         self._leases = self._no_leases()
         self._reclaim_at = 0.0
@@ -87,18 +96,14 @@ class Store:
         with self._lock:
             if self._closed:
                 raise ConfigError(f"engine {engine} registers with a store that is closed")
-            sizes = [group.part_bytes for group in geometry.groups]
-            if not fits(self._arena, sizes, geometry.num_ranks):
-                raise ConfigError(
-                    f"a chunk of {geometry.num_ranks} x {sizes} bytes does not fit the arena of "
-                    f"{self._arena.info.num_bytes} bytes: set l1_size_gb higher or chunk_tokens lower"
-                )
             self._registry.register(engine, rank, geometry)
+            self._prune()
 
     def unregister(self, engine: str) -> None:
         """The engine is gone; one of the same name may declare another geometry. What it stored stays."""
         with self._lock:
             self._registry.unregister(engine)
+            self._prune()
 
     def geometry(self, engine: str) -> Geometry | None:
         """See `BlockStore.geometry`."""
@@ -135,12 +140,18 @@ class Store:
             return Match(num_chunks, tuple(farthest))
 
     def begin_load(
-        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, owner: str = "local"
+        self,
+        geometry: Geometry,
+        keys: Sequence[bytes],
+        first_chunk: int,
+        *,
+        salt: str | None = None,
+        owner: str = "local",
     ) -> Job | None:
         """See `BlockStore.begin_load`."""
         with self._lock:
             self._expire()
-            wanted = self._wanted(geometry, keys, first_chunk)
+            wanted = self._wanted(geometry, keys, first_chunk, salt)
             if self._closed or not wanted:
                 return None
             entries = [self._index.get(want.id) for _, want in wanted]
@@ -154,6 +165,7 @@ class Store:
             for entry in present:
                 self._index.pin(entry)
                 self._index.touch(entry)
+            self._tiers.touch(present)
             promoted = self._index.reserve(missing, EntryState.PROMOTING) if missing else []
             if promoted is None:
                 for entry in present:
@@ -162,19 +174,22 @@ class Store:
                 return None
             for entry in promoted:
                 self._index.pin(entry)
-                entry.num_awaited = len(entry.slots)
             leased = [(chunk, self._entry(want.id)) for chunk, want in wanted]
             lease = self._leases.open(JobKind.LOAD, leased, owner, self._clock())
             # Deepest first: a backend that evicts by last use then loses children before parents.
             for entry, source in reversed([*zip(promoted, sources, strict=True)]):
                 assert source is not None, "sources were looked for"
-                entry.source = source.tier
-                seconds = self._options.load_deadline_seconds
-                self._tiers.promote(entry, source, self._arena.view, self._arrived, seconds)
+                self._promote(entry, source, self._options.load_deadline_seconds)
             return lease.job
 
     def begin_store(
-        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, owner: str = "local"
+        self,
+        geometry: Geometry,
+        keys: Sequence[bytes],
+        first_chunk: int,
+        *,
+        salt: str | None = None,
+        owner: str = "local",
     ) -> Job | None:
         """See `BlockStore.begin_store`. A full-attention part without its parent is not stored: no hit finds it."""
         with self._lock:
@@ -182,7 +197,7 @@ class Store:
             if self._closed:
                 return None
             by_chunk: dict[int, list[Wanted]] = {}
-            for chunk, want in self._wanted(geometry, keys, first_chunk):
+            for chunk, want in self._wanted(geometry, keys, first_chunk, salt):
                 by_chunk.setdefault(chunk, []).append(want)
             kept = [entry for wants in by_chunk.values() for want in wants if (entry := self._index.get(want.id))]
             if first_chunk > 0:
@@ -288,16 +303,22 @@ class Store:
             self._reclaim_at = math.inf
             self._arena.close(keep=keep_arena)
 
-    def _wanted(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> list[tuple[int, Wanted]]:
+    def _prune(self) -> None:
+        self._registry.prune(geometry for geometry, _ in self._index.tallies())
+
+    def _wanted(
+        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, salt: str | None
+    ) -> list[tuple[int, Wanted]]:
         """What an engine needs after the last of `keys`, by chunk and then group."""
         root = self._registry.root(geometry)
         if root is None:
             return []
+        tags = geometry_tag(root), salt_tag(salt)
         wanted = []
         for group, spec in enumerate(geometry.groups):
             for chunk in needed_units(spec, geometry.chunk_tokens, first_chunk, len(keys)):
                 parent = keys[chunk - 1] if chunk else root
-                wanted.append((chunk, Wanted((keys[chunk], group), parent, spec.part_bytes, geometry.num_ranks)))
+                wanted.append((chunk, Wanted((keys[chunk], group), parent, spec.part_bytes, geometry.num_ranks, *tags)))
         wanted.sort(key=lambda item: (item[0], item[1].id[1]))
         return wanted
 
@@ -326,6 +347,11 @@ class Store:
 
     def _no_leases(self) -> LeaseTable:
         return LeaseTable(self._arena.info.boot_id, self._lease_seconds, self._options.load_deadline_seconds)
+
+    def _promote(self, entry: Entry, source: ByteTier, seconds: float) -> None:
+        entry.source = source.tier
+        entry.num_awaited = len(entry.slots)
+        self._tiers.promote(entry, source, self._arena.view, self._arrived, seconds)
 
     def _arrived(self, entry: Entry, ok: bool) -> None:
         """A tier has finished with one part of an entry; called in its thread."""
@@ -362,7 +388,7 @@ class Store:
         self._answered.notify_all()
 
     def _expire(self) -> None:
-        """End waits and leases whose time is up."""
+        """End waits, leases and promises to keep whose time is up."""
         now = self._clock()
         for lease in self._leases.overdue(now):
             for entry in lease.awaited:
@@ -376,6 +402,7 @@ class Store:
                 self._fail(lease)
             else:
                 self._take_back(lease)
+        self._index.release_kept()
         if self._index.num_withdrawn and now >= self._reclaim_at:
             self._reclaim(now)
 

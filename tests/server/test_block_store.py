@@ -15,7 +15,7 @@ from kvferry.server.client import StoreClient
 from kvferry.server.endpoint import Endpoint
 from kvferry.server.server import StoreServer
 from kvferry.store.base import BlockStore, ByteStore
-from kvferry.store.store import Store
+from kvferry.store.managed import ManagedStore
 from kvferry.store.tier import ByteTier
 from kvferry.testing.block_store import BlockStoreSuite
 
@@ -25,7 +25,7 @@ class ServedStore(StoreClient):
 
     def __init__(self, url: str, options: StoreOptions, byte_store: ByteStore | None) -> None:
         tiers = [ByteTier(byte_store, Tier.DISK)] if byte_store is not None else []
-        self._store = Store(options, tiers=tiers)
+        self._store = ManagedStore(options, tiers=tiers)
         self._server = StoreServer(Answerer(self._store, options), Endpoint.parse(url))
         # This machine may be busy; what a deadline does is tested elsewhere.
         super().__init__(url, dataclasses.replace(options, match_deadline_seconds=5, job_deadline_seconds=5))

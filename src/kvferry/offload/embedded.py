@@ -16,6 +16,7 @@ from kvferry.server.answers import Answerer
 from kvferry.server.endpoint import Endpoint
 from kvferry.server.server import StoreServer
 from kvferry.store.assembly import open_store
+from kvferry.store.managed import ManagedStore
 from kvferry.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 class _Entry:
     """An engine's store, or None if it could not be made, and how many halves use it."""
 
-    store: Store | None
+    store: ManagedStore | None
     server: StoreServer | None = None
     num_users: int = 0
 
@@ -88,7 +89,7 @@ class EmbeddedStores:
             entry.close()
 
 
-def _make_store(options: StoreOptions) -> Store | None:
+def _make_store(options: StoreOptions) -> ManagedStore | None:
     try:
         return open_store(options)
     except StoreError as error:

@@ -248,8 +248,6 @@ class Planner:
 
     def _plan_async_loads(self, metadata: PassMetadata) -> None:
         """Hand the leases of loads beside the passes to the movers."""
-        if self._options.async_load != "never":
-            self._store.poll()  # The movers see for themselves what is ready; answers are not to pile up.
         begun, self._begun = self._begun, []
         for request_id in begun:
             tracked = self._running.get(request_id)

@@ -59,7 +59,7 @@ from kvferry.server.protocol import (
 )
 from kvferry.server.sessions import MOST_SESSIONS, Session, Sessions
 from kvferry.store.keys import root_key
-from kvferry.store.store import Store
+from kvferry.store.managed import ManagedStore
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Answerer:
 
     def __init__(
         self,
-        store: Store,
+        store: ManagedStore,
         options: StoreOptions,
         *,
         is_private: bool = False,
@@ -218,7 +218,7 @@ class Answerer:
             case Unkeep(selection):
                 return Counted(store.unkeep(selection))
             case Bring(root, keys, salt):
-                return Brought(store.prefetch(self._geometry(root), split_keys(keys), salt))
+                return Brought(store.prefetch(self._geometry(root), split_keys(keys), salt=salt))
             case Check():
                 store.check()
         return Done()

@@ -10,6 +10,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_FAILURES: Final = 3
 """In a row; then the server is not asked until it answers the thread that looks for it."""
+_MOST_AWAITED: Final = 1024
 _LINGER_SECONDS: Final = 0.2
 _LOCK_SECONDS: Final = 0.005
 _SLICE_SECONDS: Final = 0.02
@@ -86,7 +88,7 @@ class StoreClient:
         self._root: tuple[Geometry | None, bytes] = (None, b"")
         self._awaited: dict[int, float] = {}
         """Loads that wait for lower tiers, and until when."""
-        self._polled: list[Polled] = []
+        self._polled: deque[Polled] = deque(maxlen=_MOST_AWAITED)
         self._arena_info: ArenaInfo | None = None
         self._taken_arena: Arena | None = None
         self._other_arena: Arena | None = None
@@ -124,6 +126,8 @@ class StoreClient:
         """See `BlockStore.begin_load`."""
         job = self._begin(BeginLoad(self._root_of(geometry), join_keys(keys), first_chunk, salt))
         if job is not None and not job.ready:
+            while len(self._awaited) >= _MOST_AWAITED:  # Whoever loads beside the passes never polls.
+                del self._awaited[next(iter(self._awaited))]
             self._awaited[job.job_id] = time.monotonic() + 2 * self._options.load_deadline_seconds
         return job
 
@@ -149,7 +153,7 @@ class StoreClient:
             remaining_seconds = deadline - time.monotonic()
             with self._lock:
                 self._questions.listen(max(0.0, min(remaining_seconds, _SLICE_SECONDS)))
-            answers, self._polled = self._polled, []
+            answers = [self._polled.popleft() for _ in range(len(self._polled))]
             ready = [job_id for answer in answers for job_id in answer.ready]
             failed = [job_id for answer in answers for job_id in answer.failed]
             now = time.monotonic()

@@ -16,7 +16,7 @@ from kvferry.server.answers import Answerer
 from kvferry.server.endpoint import Endpoint
 from kvferry.server.server import StoreServer
 from kvferry.store.assembly import open_store
-from kvferry.store.store import Store
+from kvferry.store.managed import ManagedStore
 
 PATIENT: Final = {"connect_deadline_seconds": 10.0, "match_deadline_seconds": 5.0, "job_deadline_seconds": 5.0}
 """Deadlines for clients of which the test is about something else: the machine may be busy."""
@@ -26,7 +26,7 @@ PATIENT: Final = {"connect_deadline_seconds": 10.0, "match_deadline_seconds": 5.
 class Served:
     """A store and its server in this process."""
 
-    store: Store
+    store: ManagedStore
     server: StoreServer
     url: str
 

@@ -14,6 +14,8 @@ from kvferry.errors import KVFerryError
 COMMANDS = (
     "demo",
     "generate",
+    "serve",
+    "trtllm-run",
     "server",
     "stats",
     "top",
@@ -25,10 +27,11 @@ COMMANDS = (
     "check-store",
     "keygen",
     "connectors",
+    "check",
     "config",
 )
-"""Each is a module of this package (a dash is an underline there) with `add_arguments(parser)`, `run(arguments) -> int`
-and a docstring that says what the command does, with examples."""
+"""Each is a module of this package (`_` for `-`) with `add_arguments(parser)`, `run(arguments) -> int` and a docstring
+that says what the command does, with examples."""
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kvferry {arguments.command}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, ValueError | ImportError) else EXIT_FAILED
     except ImportError as error:  # an extra is not installed; kvferry's own errors say which
-        hint = ": pip install 'kvferry[engine,demo]'" if isinstance(error, ModuleNotFoundError) else ""
+        hint = ": pip install 'kvferry[engine,demo,serve]'" if isinstance(error, ModuleNotFoundError) else ""
         print(f"kvferry {arguments.command}: {error}{hint}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:

@@ -15,48 +15,7 @@ from kvferry.config import StoreOptions
 from kvferry.errors import ConfigError, InvariantError
 from kvferry.observability.log import OnceLog
 from kvferry.observability.metrics import Meter
-from kvferry.server.protocol import (
-    VERSION,
-    Agreed,
-    Answer,
-    AskClients,
-    AskGeometry,
-    AskMatch,
-    AskModels,
-    AskStats,
-    AskUsage,
-    Beat,
-    BeginLoad,
-    BeginStore,
-    Begun,
-    Bring,
-    Broken,
-    Brought,
-    Bye,
-    Cancel,
-    Check,
-    Clear,
-    Client,
-    Clients,
-    Counted,
-    Done,
-    Found,
-    Hello,
-    JobDone,
-    Keep,
-    Model,
-    Models,
-    Polled,
-    Question,
-    Refused,
-    Register,
-    Stranger,
-    Unkeep,
-    Used,
-    Values,
-    Welcome,
-    split_keys,
-)
+from kvferry.server import protocol
 from kvferry.server.sessions import MOST_SESSIONS, Session, Sessions
 from kvferry.store.keys import root_key
 from kvferry.store.managed import ManagedStore
@@ -99,36 +58,36 @@ class Answerer:
         self._has_changed = False
         self._log = OnceLog(logger)
 
-    def answer(self, client_id: bytes, question: Question) -> Answer:
+    def answer(self, client_id: bytes, question: protocol.Question) -> protocol.Answer:
         """What to answer. Never raises."""
         session = self.sessions.find(client_id)
         try:
-            if isinstance(question, Hello):
+            if isinstance(question, protocol.Hello):
                 return self._greet(client_id, session, question)
             if session is None:
                 self.meter.add("server_strangers")
-                return Stranger()
-            if not isinstance(question, Beat | AskStats):
+                return protocol.Stranger()
+            if not isinstance(question, protocol.Beat | protocol.AskStats):
                 self._asked_at, self._has_changed = self._clock(), True
             return self._answer(session, question)
         except (ConfigError, ValueError) as error:
             self.meter.add("server_refused")
-            return Refused(str(error))
+            return protocol.Refused(str(error))
         except InvariantError as error:
-            return Broken(str(error))
+            return protocol.Broken(str(error))
         except Exception as error:  # noqa: BLE001 - the message boundary
             self.meter.add("server_errors")
             self._log.warn(type(question), "%s could not be answered: %r", type(question).__name__, error)
-            return Refused(repr(error))
+            return protocol.Refused(repr(error))
 
-    def take_polled(self) -> Iterator[tuple[Session, Polled]]:
+    def take_polled(self) -> Iterator[tuple[Session, protocol.Polled]]:
         """What lower tiers have answered to loads of live sessions."""
         now = self._clock()
         for session in self.sessions:
             if session.awaits_until > now:
                 polled = self._store.poll(0.0, owner=session.owner)
                 if polled.ready or polled.failed:
-                    yield session, Polled(polled.ready, polled.failed)
+                    yield session, protocol.Polled(polled.ready, polled.failed)
 
     @property
     def awaits_tiers(self) -> bool:
@@ -160,68 +119,70 @@ class Answerer:
                 self._store.unregister(engine)
         self._geometries = {root: self._geometries[root] for root in registered.values()}
 
-    def _greet(self, client_id: bytes, session: Session | None, hello: Hello) -> Answer:
-        if hello.version != VERSION:
-            return Refused(f"this is version {VERSION} of the protocol, not {hello.version}")
+    def _greet(self, client_id: bytes, session: Session | None, hello: protocol.Hello) -> protocol.Answer:
+        if hello.version != protocol.VERSION:
+            return protocol.Refused(f"this is version {protocol.VERSION} of the protocol, not {hello.version}")
         if abs(hello.now - self._clock()) > _CLOCKS_DIFFER_SECONDS:
-            return Refused("the client's clock is that of another machine, with which no memory can be shared")
+            return protocol.Refused("the client's clock is that of another machine, with which no memory can be shared")
         if session is not None:
             self.end(session, "begins anew")
         if len(self.sessions) >= MOST_SESSIONS:
-            return Refused(f"there are {MOST_SESSIONS} clients already")
+            return protocol.Refused(f"there are {MOST_SESSIONS} clients already")
         self.sessions.begin(client_id, hello)
-        return Welcome(self._store.arena())
+        return protocol.Welcome(self._store.arena())
 
-    def _answer(self, session: Session, question: Question) -> Answer:
+    def _answer(self, session: Session, question: protocol.Question) -> protocol.Answer:
         """What engines ask."""
         store, owner = self._store, session.owner
         match question:
-            case AskMatch(root, keys):
-                return Found.of(store.match(self._geometry(root), split_keys(keys)))
-            case JobDone(job_id, rank, ok):
+            case protocol.AskMatch(root, keys):
+                return protocol.Found.of(store.match(self._geometry(root), protocol.split_keys(keys)))
+            case protocol.JobDone(job_id, rank, ok):
                 store.done(job_id, rank, ok)
-            case BeginLoad(root, keys, first_chunk, salt):
-                geometry, of_chunks = self._geometry(root), split_keys(keys)
+            case protocol.BeginLoad(root, keys, first_chunk, salt):
+                geometry, of_chunks = self._geometry(root), protocol.split_keys(keys)
                 return self._begun(session, store.begin_load(geometry, of_chunks, first_chunk, owner=owner, salt=salt))
-            case BeginStore(root, keys, first_chunk, salt):
-                geometry, of_chunks = self._geometry(root), split_keys(keys)
-                return Begun(store.begin_store(geometry, of_chunks, first_chunk, owner=owner, salt=salt))
-            case Cancel(job_id):
+            case protocol.BeginStore(root, keys, first_chunk, salt):
+                geometry, of_chunks = self._geometry(root), protocol.split_keys(keys)
+                return protocol.Begun(store.begin_store(geometry, of_chunks, first_chunk, owner=owner, salt=salt))
+            case protocol.Cancel(job_id):
                 store.cancel(job_id)
-            case Register(engine, rank, geometry):
+            case protocol.Register(engine, rank, geometry):
                 self._register(session, engine, rank, geometry)
-            case AskGeometry(engine):
-                return Agreed(store.geometry(engine))
-            case Bye():
+            case protocol.AskGeometry(engine):
+                return protocol.Agreed(store.geometry(engine))
+            case protocol.Bye():
                 self.end(session, "leaves")
             case _:
                 return self._manage(question)
-        return Done()
+        return protocol.Done()
 
-    def _manage(self, question: Question) -> Answer:
+    def _manage(self, question: protocol.Question) -> protocol.Answer:
         """What people ask."""
         store = self._store
         match question:
-            case AskStats():
-                return Values({**store.stats(), **self.meter.snapshot(), "server_clients": len(self.sessions)})
-            case AskModels():
+            case protocol.AskStats():
+                return protocol.Values({**store.stats(), **self.meter.snapshot(), "server_clients": len(self.sessions)})
+            case protocol.AskModels():
                 names = {root: session.name for session in self.sessions for root in session.registered.values()}
-                return Models([Model(name, root, self._geometries[root]) for root, name in names.items()])
-            case AskUsage():
-                return Used(store.usage())
-            case AskClients():
-                return Clients([_client_of(session) for session in self.sessions])
-            case Clear(selection):
-                return Counted(store.clear(selection))
-            case Keep(selection, ttl_seconds):
-                return Counted(store.keep(selection, ttl_seconds))
-            case Unkeep(selection):
-                return Counted(store.unkeep(selection))
-            case Bring(root, keys, salt):
-                return Brought(store.prefetch(self._geometry(root), split_keys(keys), salt=salt))
-            case Check():
+                return protocol.Models(
+                    [protocol.Model(name, root, self._geometries[root]) for root, name in names.items()]
+                )
+            case protocol.AskUsage():
+                return protocol.Used(store.usage())
+            case protocol.AskClients():
+                return protocol.Clients([_client_of(session) for session in self.sessions])
+            case protocol.Clear(selection):
+                return protocol.Counted(store.clear(selection))
+            case protocol.Keep(selection, ttl_seconds):
+                return protocol.Counted(store.keep(selection, ttl_seconds))
+            case protocol.Unkeep(selection):
+                return protocol.Counted(store.unkeep(selection))
+            case protocol.Bring(root, keys, salt):
+                return protocol.Brought(store.prefetch(self._geometry(root), protocol.split_keys(keys), salt=salt))
+            case protocol.Check():
                 store.check()
-        return Done()
+        return protocol.Done()
 
     def _geometry(self, root: bytes) -> Geometry:
         geometry = self._geometries.get(root)
@@ -229,10 +190,10 @@ class Answerer:
             raise ConfigError("no live client has registered this geometry")
         return geometry
 
-    def _begun(self, session: Session, job: Job | None) -> Begun:
+    def _begun(self, session: Session, job: Job | None) -> protocol.Begun:
         if job is not None and not job.ready:
             session.awaits_until = self._clock() + 2 * self._options.load_deadline_seconds
-        return Begun(job)
+        return protocol.Begun(job)
 
     def _register(self, session: Session, engine: str, rank: int, geometry: Geometry) -> None:
         chunk_tokens = self._options.chunk_tokens
@@ -249,7 +210,7 @@ class Answerer:
         self._geometries[root] = geometry
 
 
-def _client_of(session: Session) -> Client:
+def _client_of(session: Session) -> protocol.Client:
     """What people are told of a session."""
     ranks = [f"{engine}/{rank}" for engine, rank in session.registered]
-    return Client(session.name, session.pid, ranks, session.silent_seconds)
+    return protocol.Client(session.name, session.pid, ranks, session.silent_seconds)

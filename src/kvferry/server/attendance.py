@@ -20,20 +20,9 @@ import zmq
 from kvferry.blocks import Geometry
 from kvferry.errors import ConfigError, StoreError
 from kvferry.observability.log import OnceLog
+from kvferry.server import protocol
 from kvferry.server.endpoint import Endpoint
 from kvferry.server.link import Link
-from kvferry.server.protocol import (
-    VERSION,
-    Agreed,
-    Answer,
-    AskGeometry,
-    Beat,
-    Question,
-    Refused,
-    Register,
-    Stranger,
-    Welcome,
-)
 from kvferry.server.sessions import greeting
 
 logger = logging.getLogger(__name__)
@@ -62,7 +51,7 @@ class _Off(Exception):  # noqa: N818 - a state, not an error
 class Attended(Protocol):
     """What the thread needs of its client."""
 
-    def welcomed(self, welcome: Welcome) -> None:
+    def welcomed(self, welcome: protocol.Welcome) -> None:
         """A session begins. StoreError: the client cannot use this server."""
 
     def prove(self) -> bool:
@@ -74,7 +63,7 @@ class Attended(Protocol):
 
 @dataclass(slots=True)
 class _Registration:
-    question: Register
+    question: protocol.Register
     is_told: bool = False
     refusal: str | None = None
 
@@ -122,7 +111,7 @@ class Attendance:
 
     def register(self, engine: str, rank: int, geometry: Geometry) -> None:
         """Register now, if the server is there, and with every session to come. ConfigError: it refuses."""
-        registration = _Registration(Register(engine, rank, geometry))
+        registration = _Registration(protocol.Register(engine, rank, geometry))
         with self._changed:
             self._registrations[engine, rank] = registration
             self._await(lambda: registration.is_told)
@@ -207,14 +196,14 @@ class Attendance:
         for registration in [*self._registrations.values()]:
             if not registration.is_told:
                 answer = self._expect(registration.question)
-                registration.refusal = answer.reason if isinstance(answer, Refused) else None
+                registration.refusal = answer.reason if isinstance(answer, protocol.Refused) else None
                 registration.is_told = True
                 if registration.refusal is not None:
                     self._log.warn("refused", "KV is not kept beyond the engine's pool: %s", registration.refusal)
         for engine in [*self._watched]:
             if engine not in self._agreed:
-                answer = self._expect(AskGeometry(engine))
-                assert isinstance(answer, Agreed)
+                answer = self._expect(protocol.AskGeometry(engine))
+                assert isinstance(answer, protocol.Agreed)
                 self._heard.add(engine)
                 if answer.geometry is not None:
                     self._agreed.add(engine)
@@ -227,7 +216,7 @@ class Attendance:
         """One beat may be missed, as a busy machine may not let the server run, unless someone waits."""
         is_watched, may_miss, self._may_miss = self._is_watched, self._may_miss, False
         try:
-            self._expect(Beat(), _CLOSE_ANSWER_SECONDS if is_watched else _BEAT_ANSWER_SECONDS)
+            self._expect(protocol.Beat(), _CLOSE_ANSWER_SECONDS if is_watched else _BEAT_ANSWER_SECONDS)
         except _Off as off:
             if is_watched or off.ends or not may_miss:
                 raise
@@ -238,13 +227,13 @@ class Attendance:
         try:
             self._endpoint.check_owner()
             self._link.await_connected(_PROBE_SECONDS)
-            answer = self._link.ask(greeting(VERSION, time.monotonic(), self._name), _SETUP_ANSWER_SECONDS)
-            if isinstance(answer, Welcome):
+            answer = self._link.ask(greeting(protocol.VERSION, time.monotonic(), self._name), _SETUP_ANSWER_SECONDS)
+            if isinstance(answer, protocol.Welcome):
                 self._client.welcomed(answer)
         except StoreError as error:
             raise _Off(str(error), ends=True) from error
-        self._is_refused = isinstance(answer, Refused)
-        if isinstance(answer, Refused):
+        self._is_refused = isinstance(answer, protocol.Refused)
+        if isinstance(answer, protocol.Refused):
             raise _Off(answer.reason, ends=True)
         if answer is None:
             raise _Off("nobody answers", ends=True)
@@ -254,9 +243,9 @@ class Attendance:
         for registration in [*self._registrations.values()]:
             registration.is_told = False
 
-    def _expect(self, question: Question, timeout_seconds: float = _SETUP_ANSWER_SECONDS) -> Answer:
+    def _expect(self, question: protocol.Question, timeout_seconds: float = _SETUP_ANSWER_SECONDS) -> protocol.Answer:
         answer = self._link.ask(question, timeout_seconds)
-        if answer is None or isinstance(answer, Stranger):
+        if answer is None or isinstance(answer, protocol.Stranger):
             raise _Off("it does not answer in time", ends=answer is not None)
         return answer
 

@@ -20,32 +20,10 @@ from kvferry.blocks import Geometry, Job
 from kvferry.config import StoreOptions
 from kvferry.errors import ConfigError, InvariantError, StoreError
 from kvferry.observability.metrics import Meter
+from kvferry.server import protocol
 from kvferry.server.attendance import Attendance
 from kvferry.server.endpoint import Endpoint
 from kvferry.server.link import Link
-from kvferry.server.protocol import (
-    ATTENDANCE_LINK,
-    QUESTIONS_LINK,
-    Answer,
-    AskMatch,
-    AskStats,
-    Beat,
-    BeginLoad,
-    BeginStore,
-    Begun,
-    Broken,
-    Bye,
-    Cancel,
-    Check,
-    Found,
-    JobDone,
-    Polled,
-    Question,
-    Stranger,
-    Values,
-    Welcome,
-    join_keys,
-)
 from kvferry.store.arena import Arena
 from kvferry.store.base import ArenaInfo, Match, PollResult
 from kvferry.store.keys import root_key
@@ -77,8 +55,10 @@ class StoreClient:
         client_id = secrets.token_bytes(16)
         self._context = zmq.Context(io_threads=1)
         try:
-            self._questions = Link(self._context, endpoint, QUESTIONS_LINK + client_id, options, self._take_unasked)
-            self._attendance_link = Link(self._context, endpoint, ATTENDANCE_LINK + client_id, options)
+            self._questions = Link(
+                self._context, endpoint, protocol.QUESTIONS_LINK + client_id, options, self._take_unasked
+            )
+            self._attendance_link = Link(self._context, endpoint, protocol.ATTENDANCE_LINK + client_id, options)
         except ConfigError:
             self._context.destroy(linger=0)
             raise
@@ -88,7 +68,7 @@ class StoreClient:
         self._root: tuple[Geometry | None, bytes] = (None, b"")
         self._awaited: dict[int, float] = {}
         """Loads that wait for lower tiers, and until when."""
-        self._polled: deque[Polled] = deque(maxlen=_MOST_AWAITED)
+        self._polled: deque[protocol.Polled] = deque(maxlen=_MOST_AWAITED)
         self._arena_info: ArenaInfo | None = None
         self._taken_arena: Arena | None = None
         self._other_arena: Arena | None = None
@@ -116,15 +96,15 @@ class StoreClient:
 
     def match(self, geometry: Geometry, keys: Sequence[bytes]) -> Match:
         """See `BlockStore.match`."""
-        question = AskMatch(self._root_of(geometry), join_keys(keys))
+        question = protocol.AskMatch(self._root_of(geometry), protocol.join_keys(keys))
         answer = self._ask(question, self._options.match_deadline_seconds)
-        return answer.match() if isinstance(answer, Found) else Match(0)
+        return answer.match() if isinstance(answer, protocol.Found) else Match(0)
 
     def begin_load(
         self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, salt: str | None = None
     ) -> Job | None:
         """See `BlockStore.begin_load`."""
-        job = self._begin(BeginLoad(self._root_of(geometry), join_keys(keys), first_chunk, salt))
+        job = self._begin(protocol.BeginLoad(self._root_of(geometry), protocol.join_keys(keys), first_chunk, salt))
         if job is not None and not job.ready:
             while len(self._awaited) >= _MOST_AWAITED:  # Whoever loads beside the passes never polls.
                 del self._awaited[next(iter(self._awaited))]
@@ -135,16 +115,16 @@ class StoreClient:
         self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, salt: str | None = None
     ) -> Job | None:
         """See `BlockStore.begin_store`."""
-        return self._begin(BeginStore(self._root_of(geometry), join_keys(keys), first_chunk, salt))
+        return self._begin(protocol.BeginStore(self._root_of(geometry), protocol.join_keys(keys), first_chunk, salt))
 
     def done(self, job_id: int, rank: int, ok: bool) -> None:
         """See `BlockStore.done`. Said and not waited for: what is lost leaves the job to its lease's end."""
-        self._tell(JobDone(job_id, rank, ok))
+        self._tell(protocol.JobDone(job_id, rank, ok))
 
     def cancel(self, job_id: int) -> None:
         """See `BlockStore.cancel`. Said and not waited for."""
         self._awaited.pop(job_id, None)
-        self._tell(Cancel(job_id))
+        self._tell(protocol.Cancel(job_id))
 
     def poll(self, timeout_seconds: float = 0.0) -> PollResult:
         """See `BlockStore.poll`. A load whose server is off has failed."""
@@ -192,13 +172,13 @@ class StoreClient:
 
     def stats(self) -> Mapping[str, float]:
         """See `BlockStore.stats`. The client's own counters alone while the server is off."""
-        answer = self._ask(AskStats(), self._options.job_deadline_seconds)
-        return {**(answer.values if isinstance(answer, Values) else {}), **self.meter.snapshot()}
+        answer = self._ask(protocol.AskStats(), self._options.job_deadline_seconds)
+        return {**(answer.values if isinstance(answer, protocol.Values) else {}), **self.meter.snapshot()}
 
     def check(self) -> None:
         """See `BlockStore.check`. Of a server that is off nothing is known."""
-        answer = self._ask(Check(), _CHECK_SECONDS)
-        if isinstance(answer, Broken):
+        answer = self._ask(protocol.Check(), _CHECK_SECONDS)
+        if isinstance(answer, protocol.Broken):
             raise InvariantError(answer.reason)
 
     def close(self) -> None:
@@ -206,7 +186,7 @@ class StoreClient:
         self._attendance.close()
         self._attendance_link.close()
         with self._lock:
-            self._questions.tell(Bye())
+            self._questions.tell(protocol.Bye())
             self._questions.close(_LINGER_SECONDS)
             self._context.term()
         for arena in (self._taken_arena, self._other_arena):
@@ -220,11 +200,11 @@ class StoreClient:
             self._root = geometry, root
         return root
 
-    def _begin(self, question: BeginLoad | BeginStore) -> Job | None:
+    def _begin(self, question: protocol.BeginLoad | protocol.BeginStore) -> Job | None:
         answer = self._ask(question, self._options.job_deadline_seconds)
-        return answer.job if isinstance(answer, Begun) else None
+        return answer.job if isinstance(answer, protocol.Begun) else None
 
-    def _ask(self, question: Question, timeout_seconds: float) -> Answer | None:
+    def _ask(self, question: protocol.Question, timeout_seconds: float) -> protocol.Answer | None:
         """The answer, or None: the server is off, or did not answer in time."""
         if not self._attendance.is_on or not self._lock.acquire(timeout=timeout_seconds):
             return None
@@ -232,7 +212,7 @@ class StoreClient:
             answer = self._questions.ask(question, timeout_seconds)
         finally:
             self._lock.release()
-        if answer is not None and not isinstance(answer, Stranger):
+        if answer is not None and not isinstance(answer, protocol.Stranger):
             self._num_failures = 0
             return answer
         self.meter.add("client_unanswered")
@@ -242,22 +222,22 @@ class StoreClient:
             self._attendance.trip(ends=answer is not None)
         return None
 
-    def _tell(self, question: Question) -> None:
+    def _tell(self, question: protocol.Question) -> None:
         self._questions.tell(question)
         if self._lock.acquire(timeout=_LOCK_SECONDS):
             self._questions.flush()
             self._lock.release()
 
-    def _take_unasked(self, answer: Answer) -> None:
+    def _take_unasked(self, answer: protocol.Answer) -> None:
         match answer:
-            case Polled():
+            case protocol.Polled():
                 self._polled.append(answer)
-            case Begun(job) if job is not None:  # It came too late: nobody is going to copy anything.
-                self._questions.tell(Cancel(job.job_id))
+            case protocol.Begun(job) if job is not None:  # It came too late: nobody is going to copy anything.
+                self._questions.tell(protocol.Cancel(job.job_id))
 
     # -- in the attendance's thread ----------------------------------------------------------------------------------
 
-    def welcomed(self, welcome: Welcome) -> None:
+    def welcomed(self, welcome: protocol.Welcome) -> None:
         """See `Attended`. With a server that was not there before, all that was said is void."""
         if welcome.arena == self._arena_info:
             return
@@ -274,7 +254,7 @@ class StoreClient:
         """See `Attended`."""
         with self._lock:
             self._questions.await_connected(_PROOF_SECONDS)
-            return self._questions.ask(Beat(), _PROOF_SECONDS) is not None
+            return self._questions.ask(protocol.Beat(), _PROOF_SECONDS) is not None
 
     def listen(self) -> None:
         """See `Attended`."""

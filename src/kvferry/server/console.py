@@ -12,37 +12,9 @@ import zmq
 
 from kvferry.config import StoreOptions
 from kvferry.errors import ConfigError, InvariantError
+from kvferry.server import protocol
 from kvferry.server.endpoint import Endpoint
 from kvferry.server.link import Link
-from kvferry.server.protocol import (
-    ATTENDANCE_LINK,
-    VERSION,
-    AskClients,
-    AskModels,
-    AskStats,
-    AskUsage,
-    Bring,
-    Broken,
-    Brought,
-    Bye,
-    Check,
-    Clear,
-    Client,
-    Clients,
-    Counted,
-    Done,
-    Keep,
-    Model,
-    Models,
-    Question,
-    Refused,
-    Stranger,
-    Unkeep,
-    Used,
-    Values,
-    Welcome,
-    join_keys,
-)
 from kvferry.server.sessions import greeting
 from kvferry.store.base import Prefetch, Selection, Tally, Usage
 
@@ -64,7 +36,7 @@ class Console:
         endpoint = Endpoint.parse(url)
         self._context = zmq.Context(io_threads=1)
         try:
-            self._link = Link(self._context, endpoint, ATTENDANCE_LINK + secrets.token_bytes(16), options)
+            self._link = Link(self._context, endpoint, protocol.ATTENDANCE_LINK + secrets.token_bytes(16), options)
             self._link.await_connected(CONNECT_SECONDS)
             self._greet()
         except BaseException:
@@ -75,61 +47,61 @@ class Console:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
-        self._link.tell(Bye())
+        self._link.tell(protocol.Bye())
         self._link.close(_LINGER_SECONDS)
         self._context.term()
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges by name."""
-        return self._ask(AskStats(), Values).values
+        return self._ask(protocol.AskStats(), protocol.Values).values
 
-    def models(self) -> list[Model]:
+    def models(self) -> list[protocol.Model]:
         """The geometries of live engines."""
-        return self._ask(AskModels(), Models).models
+        return self._ask(protocol.AskModels(), protocol.Models).models
 
     def usage(self) -> list[Usage]:
         """What lies in memory."""
-        return self._ask(AskUsage(), Used).usage
+        return self._ask(protocol.AskUsage(), protocol.Used).usage
 
-    def clients(self) -> list[Client]:
+    def clients(self) -> list[protocol.Client]:
         """Who is connected, this one included."""
-        return self._ask(AskClients(), Clients).clients
+        return self._ask(protocol.AskClients(), protocol.Clients).clients
 
     def clear(self, selection: Selection) -> Tally:
         """See `Store.clear`."""
-        return self._ask(Clear(selection), Counted).tally
+        return self._ask(protocol.Clear(selection), protocol.Counted).tally
 
     def keep(self, selection: Selection, ttl_seconds: float) -> Tally:
         """See `Store.keep`."""
-        return self._ask(Keep(selection, ttl_seconds), Counted).tally
+        return self._ask(protocol.Keep(selection, ttl_seconds), protocol.Counted).tally
 
     def unkeep(self, selection: Selection) -> Tally:
         """See `Store.unkeep`."""
-        return self._ask(Unkeep(selection), Counted).tally
+        return self._ask(protocol.Unkeep(selection), protocol.Counted).tally
 
-    def prefetch(self, model: Model, keys: Sequence[bytes], salt: str | None) -> Prefetch:
+    def prefetch(self, model: protocol.Model, keys: Sequence[bytes], salt: str | None) -> Prefetch:
         """See `Store.prefetch`."""
-        return self._ask(Bring(model.root, join_keys(keys), salt), Brought).prefetch
+        return self._ask(protocol.Bring(model.root, protocol.join_keys(keys), salt), protocol.Brought).prefetch
 
     def check(self) -> None:
         """InvariantError: the store's books are wrong."""
-        self._ask(Check(), Done)
+        self._ask(protocol.Check(), protocol.Done)
 
     def _greet(self) -> None:
-        answer = self._link.ask(greeting(VERSION, time.monotonic(), "kvferry command"), CONNECT_SECONDS)
-        if isinstance(answer, Refused):
+        answer = self._link.ask(greeting(protocol.VERSION, time.monotonic(), "kvferry command"), CONNECT_SECONDS)
+        if isinstance(answer, protocol.Refused):
             raise ConfigError(f"the cache server at {self._url} refuses: {answer.reason}")
-        if not isinstance(answer, Welcome):
+        if not isinstance(answer, protocol.Welcome):
             raise ConfigError(f"no cache server answers at {self._url}: start one with `kvferry server`")
 
-    def _ask(self, question: Question, kind: type[_Answer]) -> _Answer:
+    def _ask(self, question: protocol.Question, kind: type[_Answer]) -> _Answer:
         answer = self._link.ask(question, _ANSWER_SECONDS)
-        if isinstance(answer, Stranger):
+        if isinstance(answer, protocol.Stranger):
             self._greet()
             answer = self._link.ask(question, _ANSWER_SECONDS)
-        if isinstance(answer, Broken):
+        if isinstance(answer, protocol.Broken):
             raise InvariantError(answer.reason)
-        if isinstance(answer, Refused):
+        if isinstance(answer, protocol.Refused):
             raise ConfigError(answer.reason)
         if not isinstance(answer, kind):
             raise ConfigError(f"the cache server at {self._url} does not answer any more")

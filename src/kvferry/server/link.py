@@ -17,9 +17,9 @@ import msgspec
 import zmq
 
 from kvferry.config import StoreOptions
+from kvferry.server import protocol
 from kvferry.server.curve import protect_client
 from kvferry.server.endpoint import Endpoint
-from kvferry.server.protocol import UNNUMBERED, Answer, Question, Refused, decode_answer, encode
 
 _RECONNECT_MILLISECONDS: Final = 50
 _MOST_UNSENT: Final = 10_000
@@ -38,7 +38,7 @@ class Link:
         endpoint: Endpoint,
         routing_id: bytes,
         options: StoreOptions,
-        unasked: Callable[[Answer], None] = lambda answer: None,
+        unasked: Callable[[protocol.Answer], None] = lambda answer: None,
     ) -> None:
         self.socket = context.socket(zmq.DEALER)
         self.socket.routing_id = routing_id
@@ -46,7 +46,7 @@ class Link:
         self.socket.linger = 0
         self.socket.reconnect_ivl = _RECONNECT_MILLISECONDS
         self._unasked = unasked
-        self._numbers = itertools.count(UNNUMBERED + 1)
+        self._numbers = itertools.count(protocol.UNNUMBERED + 1)
         self._unsent: deque[bytes] = deque(maxlen=_MOST_UNSENT)
         if options.server_key is not None:
             protect_client(self.socket, options.server_key, options.client_secret)
@@ -56,9 +56,9 @@ class Link:
         """Return when the server can be asked, or time is up."""
         self.socket.poll(timeout_seconds * 1000, zmq.POLLOUT)
 
-    def tell(self, question: Question) -> None:
+    def tell(self, question: protocol.Question) -> None:
         """Say what needs no answer, with the next `flush` or `ask`."""
-        self._unsent.append(encode((UNNUMBERED, _NO_DEADLINE, question)))
+        self._unsent.append(protocol.encode((protocol.UNNUMBERED, _NO_DEADLINE, question)))
 
     def flush(self) -> bool:
         """Send what was told; false: the server takes nothing at the moment."""
@@ -71,14 +71,14 @@ class Link:
             self._unsent.popleft()
         return True
 
-    def ask(self, question: Question, timeout_seconds: float) -> Answer | None:
+    def ask(self, question: protocol.Question, timeout_seconds: float) -> protocol.Answer | None:
         """The answer, or None if there is none in time."""
         deadline = time.monotonic() + timeout_seconds
         number = next(self._numbers)
         if not self.flush():
             return None
         try:
-            self.socket.send(encode((number, deadline, question)), zmq.NOBLOCK)
+            self.socket.send(protocol.encode((number, deadline, question)), zmq.NOBLOCK)
         except zmq.Again:
             return None
         while (remaining_seconds := deadline - time.monotonic()) > 0:
@@ -107,12 +107,12 @@ class Link:
         self.flush()
         self.socket.close(int(linger_seconds * 1000))
 
-    def _receive(self, timeout_seconds: float) -> tuple[int, Answer] | None:
+    def _receive(self, timeout_seconds: float) -> tuple[int, protocol.Answer] | None:
         """The next message's number and answer; None: nothing came in time."""
         self.socket.rcvtimeo = math.ceil(timeout_seconds * 1000)
         try:
-            return decode_answer(self.socket.recv())
+            return protocol.decode_answer(self.socket.recv())
         except zmq.Again:
             return None
         except msgspec.MsgspecError as error:
-            return UNNUMBERED, Refused(f"the server speaks another protocol: {error}")
+            return protocol.UNNUMBERED, protocol.Refused(f"the server speaks another protocol: {error}")

@@ -11,8 +11,11 @@ Keys are sent as one run of bytes, and geometries, once registered, by their 32-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
+from types import GenericAlias
+from typing import Any, Final
 
 import msgspec
 
@@ -36,14 +39,18 @@ MOST_KEYS: Final = MOST_MESSAGE_BYTES // KEY_BYTES // 2
 """Of one question: 8 million tokens in chunks of 256. What lies beyond is not asked for."""
 
 
-class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Tagged by its class's name."""
+class Question(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Each subclass is one, tagged by its name."""
+
+
+class Answer(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Each subclass is one, tagged by its name."""
 
 
 # -- questions -----------------------------------------------------------------------------------------------------
 
 
-class Hello(_Message, frozen=True):
+class Hello(Question, frozen=True):
     """Who serves here? now: the client's clock, which must be the server's. pid_namespace and pid_start tell whether
     the server sees the same process under `pid`. name: for people, the model's."""
 
@@ -55,15 +62,15 @@ class Hello(_Message, frozen=True):
     name: str
 
 
-class Bye(_Message, frozen=True):
+class Bye(Question, frozen=True):
     """The session's end: its leases return."""
 
 
-class Beat(_Message, frozen=True):
+class Beat(Question, frozen=True):
     """The client lives."""
 
 
-class Register(_Message, frozen=True):
+class Register(Question, frozen=True):
     """`BlockStore.register`."""
 
     engine: str
@@ -71,20 +78,20 @@ class Register(_Message, frozen=True):
     geometry: Geometry
 
 
-class AskGeometry(_Message, frozen=True):
+class AskGeometry(Question, frozen=True):
     """`BlockStore.geometry`."""
 
     engine: str
 
 
-class AskMatch(_Message, frozen=True):
+class AskMatch(Question, frozen=True):
     """`BlockStore.match`."""
 
     root: bytes
     keys: bytes
 
 
-class BeginLoad(_Message, frozen=True):
+class BeginLoad(Question, frozen=True):
     """`BlockStore.begin_load`."""
 
     root: bytes
@@ -93,7 +100,7 @@ class BeginLoad(_Message, frozen=True):
     salt: str | None = None
 
 
-class BeginStore(_Message, frozen=True):
+class BeginStore(Question, frozen=True):
     """`BlockStore.begin_store`."""
 
     root: bytes
@@ -102,7 +109,7 @@ class BeginStore(_Message, frozen=True):
     salt: str | None = None
 
 
-class JobDone(_Message, frozen=True):
+class JobDone(Question, frozen=True):
     """`BlockStore.done`. Job ids of an earlier boot mean nothing to this one."""
 
     job_id: int
@@ -110,55 +117,55 @@ class JobDone(_Message, frozen=True):
     ok: bool
 
 
-class Cancel(_Message, frozen=True):
+class Cancel(Question, frozen=True):
     """`BlockStore.cancel`."""
 
     job_id: int
 
 
-class AskStats(_Message, frozen=True):
+class AskStats(Question, frozen=True):
     """`BlockStore.stats`, and the server's own."""
 
 
-class Check(_Message, frozen=True):
+class Check(Question, frozen=True):
     """`BlockStore.check`."""
 
 
 # -- questions of people -------------------------------------------------------------------------------------------
 
 
-class AskModels(_Message, frozen=True):
+class AskModels(Question, frozen=True):
     """Which geometries do live engines have?"""
 
 
-class AskUsage(_Message, frozen=True):
+class AskUsage(Question, frozen=True):
     """`Store.usage`."""
 
 
-class AskClients(_Message, frozen=True):
+class AskClients(Question, frozen=True):
     """Who is connected?"""
 
 
-class Clear(_Message, frozen=True):
+class Clear(Question, frozen=True):
     """`Store.clear`."""
 
     selection: Selection
 
 
-class Keep(_Message, frozen=True):
+class Keep(Question, frozen=True):
     """`Store.keep`."""
 
     selection: Selection
     ttl_seconds: float
 
 
-class Unkeep(_Message, frozen=True):
+class Unkeep(Question, frozen=True):
     """`Store.unkeep`."""
 
     selection: Selection
 
 
-class Bring(_Message, frozen=True):
+class Bring(Question, frozen=True):
     """`Store.prefetch`."""
 
     root: bytes
@@ -169,39 +176,39 @@ class Bring(_Message, frozen=True):
 # -- answers -------------------------------------------------------------------------------------------------------
 
 
-class Welcome(_Message, frozen=True):
+class Welcome(Answer, frozen=True):
     """The store's arena and, in it, its boot id: with another boot id all that was said before is void."""
 
     arena: ArenaInfo
 
 
-class Done(_Message, frozen=True):
+class Done(Answer, frozen=True):
     """It is so."""
 
 
-class Refused(_Message, frozen=True):
+class Refused(Answer, frozen=True):
     """It cannot be, and why: a ConfigError's text where the question came from a user's settings."""
 
     reason: str
 
 
-class Broken(_Message, frozen=True):
+class Broken(Answer, frozen=True):
     """An InvariantError's text."""
 
     reason: str
 
 
-class Stranger(_Message, frozen=True):
+class Stranger(Answer, frozen=True):
     """Say `Hello` first."""
 
 
-class Agreed(_Message, frozen=True):
+class Agreed(Answer, frozen=True):
     """The geometry on which an engine's ranks agree."""
 
     geometry: Geometry | None
 
 
-class Found(_Message, frozen=True):
+class Found(Answer, frozen=True):
     """`Match`, with a byte a tier."""
 
     num_chunks: int
@@ -215,20 +222,20 @@ class Found(_Message, frozen=True):
         return Match(self.num_chunks, tuple(map(_TIERS.__getitem__, self.tiers)))
 
 
-class Begun(_Message, frozen=True):
+class Begun(Answer, frozen=True):
     """A job whose leases the session now has."""
 
     job: Job | None
 
 
-class Polled(_Message, frozen=True):
+class Polled(Answer, frozen=True):
     """`PollResult`; comes unasked."""
 
     ready: tuple[int, ...]
     failed: tuple[int, ...]
 
 
-class Values(_Message, frozen=True):
+class Values(Answer, frozen=True):
     """Counters and gauges by name."""
 
     values: dict[str, float]
@@ -242,13 +249,13 @@ class Model(msgspec.Struct, frozen=True):
     geometry: Geometry
 
 
-class Models(_Message, frozen=True):
+class Models(Answer, frozen=True):
     """The geometries of live engines."""
 
     models: list[Model]
 
 
-class Used(_Message, frozen=True):
+class Used(Answer, frozen=True):
     """What lies in memory."""
 
     usage: list[Usage]
@@ -263,66 +270,36 @@ class Client(msgspec.Struct, frozen=True):
     silent_seconds: float
 
 
-class Clients(_Message, frozen=True):
+class Clients(Answer, frozen=True):
     """Live sessions."""
 
     clients: list[Client]
 
 
-class Counted(_Message, frozen=True):
+class Counted(Answer, frozen=True):
     """How much a command concerned."""
 
     tally: Tally
 
 
-class Brought(_Message, frozen=True):
+class Brought(Answer, frozen=True):
     """How far a prefetch is."""
 
     prefetch: Prefetch
 
 
-Question = (
-    Hello
-    | Bye
-    | Beat
-    | Register
-    | AskGeometry
-    | AskMatch
-    | BeginLoad
-    | BeginStore
-    | JobDone
-    | Cancel
-    | AskStats
-    | Check
-    | AskModels
-    | AskUsage
-    | AskClients
-    | Clear
-    | Keep
-    | Unkeep
-    | Bring
-)
-Answer = (
-    Welcome
-    | Done
-    | Refused
-    | Broken
-    | Stranger
-    | Agreed
-    | Found
-    | Begun
-    | Polled
-    | Values
-    | Models
-    | Used
-    | Clients
-    | Counted
-    | Brought
-)
-
 encode = msgspec.msgpack.Encoder().encode
-decode_question = msgspec.msgpack.Decoder(tuple[int, float, Question]).decode
-decode_answer = msgspec.msgpack.Decoder(tuple[int, Answer]).decode
+
+
+def _decoder(*fields: Any) -> Any:
+    return msgspec.msgpack.Decoder(GenericAlias(tuple, fields)).decode
+
+
+decode_question: Callable[[bytes], tuple[int, float, Question]]
+decode_question = _decoder(int, float, reduce(or_, Question.__subclasses__()))
+decode_answer: Callable[[bytes], tuple[int, Answer]]
+decode_answer = _decoder(int, reduce(or_, Answer.__subclasses__()))
+"""Number, deadline and question, or number and answer. MsgspecError: the bytes are none."""
 
 _TIERS = {tier.value: tier for tier in Tier}
 

@@ -14,18 +14,10 @@ import zmq
 
 from kvferry.errors import ConfigError
 from kvferry.observability.log import OnceLog
+from kvferry.server import protocol
 from kvferry.server.answers import Answerer
 from kvferry.server.curve import ServerKeys, protect_server
 from kvferry.server.endpoint import Endpoint, Listener
-from kvferry.server.protocol import (
-    MOST_MESSAGE_BYTES,
-    QUESTIONS_LINK,
-    UNNUMBERED,
-    Answer,
-    Refused,
-    decode_question,
-    encode,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +44,7 @@ class StoreServer:
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
-        self._socket.maxmsgsize = MOST_MESSAGE_BYTES
+        self._socket.maxmsgsize = protocol.MOST_MESSAGE_BYTES
         self._socket.rcvhwm = _MOST_UNREAD
         self._socket.router_handover = (
             True  # A client that comes back may be quicker than the end of its last connection.
@@ -103,7 +95,7 @@ class StoreServer:
             is_drained = self._drain()
             if self._answerer is not None:
                 for session, polled in self._answerer.take_polled():
-                    self._send(QUESTIONS_LINK + session.client_id, UNNUMBERED, polled)
+                    self._send(protocol.QUESTIONS_LINK + session.client_id, protocol.UNNUMBERED, polled)
                 if is_drained:
                     self._sweep(self._answerer)
                     self._answerer.check_when_idle()
@@ -124,27 +116,27 @@ class StoreServer:
     def _take(self, routing_id: bytes, frames: list[bytes]) -> None:
         try:
             (message,) = frames
-            number, deadline, question = decode_question(message)
+            number, deadline, question = protocol.decode_question(message)
         except (ValueError, msgspec.MsgspecError) as error:
             self._count("server_undecodable")
             self._log.warn("undecodable", "a message that is not of this protocol is refused: %s", error)
-            self._send(routing_id, UNNUMBERED, Refused(f"not of this protocol: {error}"))
+            self._send(routing_id, protocol.UNNUMBERED, protocol.Refused(f"not of this protocol: {error}"))
             return
         if self._answerer is None:
-            self._send(routing_id, number, Refused("there is no store"))
-        elif number != UNNUMBERED and deadline < time.monotonic():
+            self._send(routing_id, number, protocol.Refused("there is no store"))
+        elif number != protocol.UNNUMBERED and deadline < time.monotonic():
             self._count("server_stale_questions")
         else:
             start = time.perf_counter()
             answer = self._answerer.answer(routing_id[1:], question)
             self._answerer.meter.took(type(question).__name__, time.perf_counter() - start)
-            if number != UNNUMBERED:
+            if number != protocol.UNNUMBERED:
                 self._send(routing_id, number, answer)
 
-    def _send(self, routing_id: bytes, number: int, answer: Answer) -> None:
+    def _send(self, routing_id: bytes, number: int, answer: protocol.Answer) -> None:
         """To a client that is gone, or reads nothing, nothing is sent."""
         with contextlib.suppress(zmq.ZMQError):
-            self._socket.send_multipart([routing_id, encode((number, answer))], zmq.NOBLOCK)
+            self._socket.send_multipart([routing_id, protocol.encode((number, answer))], zmq.NOBLOCK)
 
     def _sweep(self, answerer: Answerer) -> None:
         """End the sessions of the dead. All that had come is taken, and time in which this process itself did not run

@@ -99,9 +99,9 @@ def test_room_foresees_what_giving_back_would_bring(slots: SlotAllocator) -> Non
     room = slots.room(needs)
     given = [*taken[:per_unit], *taken[2 * per_unit : 4 * per_unit]]
     for slot in given:
-        assert not room.enough()
+        assert not room.enough(tight=False)
         room.give([slot])
-    assert room.enough(), "one unit here and two side by side there"
+    assert room.enough(tight=False), "one unit here and two side by side there"
     slots.check(taken)
     for slot in given:
         slots.give_back(slot)
@@ -123,7 +123,7 @@ def test_room_says_what_prepare_then_does(steps: list[tuple[int, int, bool]]) ->
             slots.give_back(taken.pop(len(taken) // 2))
             continue
         needs = Counter([*[SlotClass(slot_stride(num_bytes), rank)] * 3, SlotClass(4096, 1)])
-        enough = slots.room(needs).enough() or slots.room(needs, tight=True).enough()
+        enough = any(slots.room(needs).enough(tight=tight) for tight in (False, True))
         assert slots.prepare(needs) == enough
         sizes = [(num_bytes, rank)] * 3 + [(4096, 1)]
         got = [slots.take(size, rank) for size, rank in sizes] if enough else []
@@ -155,7 +155,7 @@ def test_memory_that_runs_out_ends_the_arena(
     assert [record.message[:24] for record in caplog.records] == ["shared memory is full: t"]
     slots.give_back(taken[0])
     assert slots.take(4096, 0) is not None
-    assert not slots.room({SlotClass(64, 0): 1}).enough()
+    assert not slots.room({SlotClass(64, 0): 1}).enough(tight=True)
     slots.close()
 
 

@@ -113,7 +113,8 @@ class Index:
         self._kept: dict[EntryId, float] = {}
         """Entries that are not to be evicted, and until when."""
         self._kept_bytes = 0
-        self._next_release = math.inf
+        self.next_release = math.inf
+        """When the first of them may be evicted again."""
         self._tallies: dict[tuple[bytes, bytes], Tally] = {}
         """What there is of each geometry and salt, by their tags."""
         self._salt_bytes = dict.fromkeys(quotas, 0)
@@ -126,7 +127,7 @@ class Index:
             self._admit(Entry(want, tuple(slot for _, slot in parts), EntryState.COMMITTED, clock()))
             self._evictor.unpin(want.id)
         for salt, quota in quotas.items():
-            self._choose(self._slots.room({}), salt, self._salt_bytes[salt] - quota)
+            self._choose(self._slots.room({}), salt, self._salt_bytes[salt] - quota, tight=True)
             self._evict()
 
     def __len__(self) -> int:
@@ -139,17 +140,24 @@ class Index:
         """The entry in whatever state, or None."""
         return self._entries.get(entry_id)
 
+    def find(self, keys: Sequence[bytes], group: int) -> list[Entry | None]:
+        """The entries of one group of chunks, in whatever state."""
+        get = self._entries.get
+        return [get((key, group)) for key in keys]
+
     def reserve(self, wanted: Sequence[Wanted], state: EntryState) -> list[Entry] | None:
         """New entries of one salt, each with one pin. Evicts others if need be: of that salt, where it would exceed its
         quota. None, and nothing evicted: no room for all."""
-        needs = Counter(
-            SlotClass(slot_stride(want.part_bytes), rank) for want in wanted for rank in range(want.num_ranks)
-        )
+        needs: dict[SlotClass, int] = {}
+        for want in wanted:
+            stride = slot_stride(want.part_bytes)
+            for rank in range(want.num_ranks):
+                of = SlotClass(stride, rank)
+                needs[of] = needs.get(of, 0) + 1
         salt = wanted[0].salt_tag
         quota = self._quotas.get(salt)
         excess = 0 if quota is None else self._salt_bytes[salt] + sum(want.num_bytes for want in wanted) - quota
-        at_once = excess <= 0 and self._slots.has_free(needs)
-        if not (at_once or (self._make_room(needs, salt, excess) and self._slots.prepare(needs))):
+        if not (self._make_room(needs, salt, excess) and self._slots.prepare(needs)):
             return None
         entries: list[Entry] = []
         for want in wanted:
@@ -182,8 +190,9 @@ class Index:
             self._slots.give_back(slot)
 
     @property
-    def num_withdrawn(self) -> int:
-        return len(self._withdrawn)
+    def has_withdrawn(self) -> bool:
+        """Whether `reclaim` has anything to do."""
+        return bool(self._withdrawn)
 
     def drop(self, entry: Entry) -> None:
         """The entry is gone and nobody writes to its slots."""
@@ -240,7 +249,7 @@ class Index:
                 self.pin(link)
             self._kept_bytes += added_bytes
             self._kept.update((link.id, until) for link in chain)
-            self._next_release = min(self._next_release, until)
+            self.next_release = min(self.next_release, until)
             done.append(entry)
         return done
 
@@ -248,14 +257,12 @@ class Index:
         """Let these entries be evicted again, or those whose time is up. Returns which."""
         if entries is None:
             now = self._clock()
-            if now < self._next_release:
-                return []
             entries = [self._entries[kept] for kept, until in self._kept.items() if until <= now]
         done = [entry for entry in entries if self._kept.pop(entry.id, None) is not None]
         for entry in done:
             self._kept_bytes -= entry.num_bytes
             self.unpin(entry)
-        self._next_release = min(self._kept.values(), default=math.inf)
+        self.next_release = min(self._kept.values(), default=math.inf)
         return done
 
     def tallies(self) -> Mapping[tuple[bytes, bytes], Tally]:
@@ -299,22 +306,23 @@ class Index:
         """Reserve nothing any more."""
         self._slots.close()
 
-    def _make_room(self, needs: Counter[SlotClass], salt: bytes, excess: int) -> bool:
+    def _make_room(self, needs: Mapping[SlotClass, int], salt: bytes, excess: int) -> bool:
         """Short slabs leave more over than the usual ones, but are better than evicting, or than no room at all."""
-        if excess <= 0 and any(self._slots.room(needs, tight=tight).enough() for tight in (False, True)):
+        room = self._slots.room(needs)
+        if excess <= 0 and (room.enough(tight=False) or room.enough(tight=True)):
             return True
         for tight in (False, True):
-            room = self._slots.room(needs, tight=tight)
-            if self._choose(room, salt, excess):
+            if self._choose(room, salt, excess, tight=tight):
                 self._evict()
                 return True
             self._evictor.spare()
+            room = self._slots.room(needs)
         self._meter["reserves_over_quota"] += excess > 0
         return False
 
-    def _choose(self, room: Room, salt: bytes, excess: int) -> bool:
+    def _choose(self, room: Room, salt: bytes, excess: int, *, tight: bool) -> bool:
         """Choose whom to evict: first bytes of this salt that exceed its quota, then whoever is next."""
-        while excess > 0 or not room.enough():
+        while excess > 0 or not room.enough(tight=tight):
             victim = self._evictor.choose(salt if excess > 0 else None)
             if victim is None:
                 return False

@@ -73,6 +73,8 @@ def pack(arena: Arena, free: bytearray, missing: Mapping[SlotClass, int], *, tig
 
     free: a 1 for each free unit. tight: slabs as short as can be, should longer ones not fit.
     """
+    if 1 not in free:
+        return None
     free = bytearray(free)
     runs = []
     for of in sorted(missing, reverse=True):
@@ -189,31 +191,37 @@ class Slab:
 class Room:
     """What-if over an allocator: would there be room for `needs`, were some slots given back? Changes nothing.
 
-    Valid until the allocator changes. tight: see `pack`.
+    Valid until the allocator changes.
     """
 
-    def __init__(self, allocator: SlotAllocator, needs: Mapping[SlotClass, int], *, tight: bool) -> None:
+    def __init__(self, allocator: SlotAllocator, needs: Mapping[SlotClass, int]) -> None:
         self._allocator = allocator
         self._needs = needs
-        self._tight = tight
-        self._units = allocator.free_units()
-        self._given: Counter[SlotClass] = Counter()
-        self._given_in: Counter[Slab] = Counter()
+        self._units: bytearray | None = None
+        self._given: dict[SlotClass, int] = {}
+        self._given_in: dict[Slab, int] = {}
 
     def give(self, slots: Iterable[Slot]) -> None:
         """Suppose that these taken slots were given back."""
         for slot in slots:
             slab = self._allocator.slab_of(slot)
-            of, first, num_units = slab.run
-            self._given_in[slab] += 1
-            self._given[of] += 1
-            if len(slab.free) + self._given_in[slab] == slab.num_slots:
-                self._given[of] -= slab.num_slots
-                self._units[first : first + num_units] = b"\1" * num_units
+            num_given = self._given_in[slab] = self._given_in.get(slab, 0) + 1
+            given = self._given.get(slab.run.of, 0) + 1
+            if len(slab.free) + num_given == slab.num_slots:
+                given -= slab.num_slots
+                units = slab.units
+                self._free_units()[units.start : units.stop] = b"\1" * len(units)
+            self._given[slab.run.of] = given
 
-    def enough(self) -> bool:
-        """Whether there would be room."""
-        return self._allocator.plan(self._units, self._needs, self._given, tight=self._tight) is not None
+    def enough(self, *, tight: bool) -> bool:
+        """Whether there would be room. tight: see `pack`."""
+        missing = self._allocator.missing(self._needs, self._given)
+        return not missing or self._allocator.pack(self._free_units(), missing, tight=tight) is not None
+
+    def _free_units(self) -> bytearray:
+        if self._units is None:
+            self._units = self._allocator.free_units()
+        return self._units
 
 
 class SlotAllocator:
@@ -258,21 +266,20 @@ class SlotAllocator:
         if len(slab.free) == slab.num_slots:
             self._dissolve(slab)
 
-    def has_free(self, needs: Mapping[SlotClass, int]) -> bool:
-        """Whether `needs` slots of each class can be taken as things are."""
-        return all(self._num_free[of] >= count for of, count in needs.items())
-
-    def room(self, needs: Mapping[SlotClass, int], *, tight: bool = False) -> Room:
+    def room(self, needs: Mapping[SlotClass, int]) -> Room:
         """Ask whether, and after giving back what, `needs` slots of each class could be taken."""
-        return Room(self, needs, tight=tight)
+        return Room(self, needs)
 
     def prepare(self, needs: Mapping[SlotClass, int]) -> bool:
         """Make the slabs without which `needs` slots of each class cannot be taken. False, and none made: there is no
         room for them, or no memory."""
+        missing = self.missing(needs, {})
+        if not missing:
+            return True
         units = self.free_units()
-        runs = self.plan(units, needs, tight=False)
+        runs = self.pack(units, missing, tight=False)
         if runs is None:
-            runs = self.plan(units, needs, tight=True)
+            runs = self.pack(units, missing, tight=True)
         made: list[Slab] = []
         for run in runs or ():
             if not self._supply.take(run.first, run.num_units):
@@ -285,12 +292,18 @@ class SlotAllocator:
             self._add(made[-1])
         return runs is not None
 
-    def plan(
-        self, units: bytearray, needs: Mapping[SlotClass, int], given: Counter[SlotClass] | None = None, *, tight: bool
-    ) -> list[Run] | None:
-        """Where slabs would lie, were these units and slots free; see `pack`."""
-        missing = {of: count - self._num_free[of] - (given[of] if given else 0) for of, count in needs.items()}
-        return pack(self._arena, units, {of: count for of, count in missing.items() if count > 0}, tight=tight)
+    def missing(self, needs: Mapping[SlotClass, int], given: Mapping[SlotClass, int]) -> dict[SlotClass, int]:
+        """What of `needs` could not be taken at once, were these slots given back."""
+        missing = {}
+        for of, count in needs.items():
+            free = self._num_free.get(of, 0) + given.get(of, 0)
+            if count > free:
+                missing[of] = count - free
+        return missing
+
+    def pack(self, units: bytearray, missing: Mapping[SlotClass, int], *, tight: bool) -> list[Run] | None:
+        """See the function of this name."""
+        return pack(self._arena, units, missing, tight=tight)
 
     def free_units(self) -> bytearray:
         """A 1 for each unit that no slab uses."""

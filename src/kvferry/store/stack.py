@@ -25,10 +25,13 @@ class TierStack:
         for tier in self._tiers:
             tier.max_queued_bytes = max_queued_bytes
 
+    def __bool__(self) -> bool:
+        return bool(self._tiers)
+
     def locate(self, keys: Sequence[bytes], group: int, num_ranks: int) -> list[Tier | None]:
         """The nearest tier that holds this group of each chunk. One question a tier, however many chunks."""
         found: list[Tier | None] = [None] * len(keys)
-        if not (self._tiers and keys):
+        if not keys:
             return found
         names = [part_name(key, group, rank) for key in keys for rank in range(num_ranks)]
         for tier in reversed(self._tiers):

@@ -17,6 +17,7 @@ a load's lease lapses                at once: a reader that comes late sees afte
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
@@ -123,18 +124,21 @@ class Store:
         """See `BlockStore.match`."""
         with self._lock:
             self._expire()
-            tiers = [self._locate(geometry, keys, group) for group in range(len(geometry.groups))]
+            if self._closed or self._registry.root(geometry) is None:
+                return Match(0)
+            tiers = [self._locate(keys, group, geometry.num_ranks) for group in range(len(geometry.groups))]
             num_chunks = longest_hit(
                 geometry.groups, geometry.chunk_tokens, [[tier is not None for tier in of] for of in tiers]
             )
             farthest = [Tier.MEMORY] * num_chunks
             for group, of in zip(geometry.groups, tiers, strict=True):
+                if of[:num_chunks] == farthest:
+                    continue
                 for chunk in needed_units(group, geometry.chunk_tokens, 0, num_chunks):
                     tier = of[chunk]
                     assert tier is not None, "a hit has all that its groups need"
-                    if tier is not Tier.MEMORY:
-                        farthest[chunk] = max(farthest[chunk], tier)
-            for tier in Tier:
+                    farthest[chunk] = max(farthest[chunk], tier)
+            for tier in set(farthest):
                 self._meter.add(f"matched_chunks_{tier.name.lower()}", farthest.count(tier))
             self._meter.add("unmatched_chunks", len(keys) - num_chunks)
             return Match(num_chunks, tuple(farthest))
@@ -196,27 +200,19 @@ class Store:
             self._expire()
             if self._closed:
                 return None
-            by_chunk: dict[int, list[Wanted]] = {}
-            for chunk, want in self._wanted(geometry, keys, first_chunk, salt):
-                by_chunk.setdefault(chunk, []).append(want)
-            kept = [entry for wants in by_chunk.values() for want in wants if (entry := self._index.get(want.id))]
+            wanted = self._wanted(geometry, keys, first_chunk, salt)
+            missing = [(chunk, want) for chunk, want in wanted if self._index.get(want.id) is None]
+            if any(chunk == first_chunk and self._is_orphan(geometry, chunk, want) for chunk, want in missing):
+                self._meter.add("orphaned_stores")
+                return None
+            kept = [entry for _, want in wanted if (entry := self._index.get(want.id))]
             if first_chunk > 0:
                 parents = ((keys[first_chunk - 1], group) for group in range(len(geometry.groups)))
                 kept += [entry for parent in parents if (entry := self._index.get(parent))]
             for entry in kept:
                 self._index.pin(entry)
                 self._index.touch(entry)
-            reserved: list[tuple[int, Entry]] = []
-            for chunk, wants in sorted(by_chunk.items()):
-                missing = [want for want in wants if self._index.get(want.id) is None]
-                if any(self._is_orphan(geometry, chunk, want) for want in missing):
-                    self._meter.add("orphaned_stores")
-                    break
-                entries = self._index.reserve(missing, EntryState.STORING) if missing else []
-                if entries is None:
-                    self._meter.add("stores_without_room")
-                    break
-                reserved += [(chunk, entry) for entry in entries]
+            reserved = self._reserve(missing)
             for entry in kept:
                 self._index.unpin(entry)
             return self._leases.open(JobKind.STORE, reserved, owner, self._clock()).job if reserved else None
@@ -327,17 +323,33 @@ class Store:
         assert entry is not None, "what was just reserved or pinned is there"
         return entry
 
-    def _locate(self, geometry: Geometry, keys: Sequence[bytes], group: int) -> list[Tier | None]:
+    def _locate(self, keys: Sequence[bytes], group: int, num_ranks: int) -> list[Tier | None]:
         """The nearest place of this group of each chunk."""
-        if self._closed or self._registry.root(geometry) is None:
-            return [None] * len(keys)
-        entries = [self._index.get((key, group)) for key in keys]
-        tiers = [_tier_of(entry) for entry in entries]
-        absent = [chunk for chunk, entry in enumerate(entries) if entry is None]
-        below = self._tiers.locate([keys[chunk] for chunk in absent], group, geometry.num_ranks)
-        for chunk, tier in zip(absent, below, strict=True):
-            tiers[chunk] = tier
+        entries = self._index.find(keys, group)
+        tiers = [
+            Tier.MEMORY if entry is not None and entry.state is EntryState.COMMITTED else _tier_of(entry)
+            for entry in entries
+        ]
+        if self._tiers:
+            absent = [chunk for chunk, entry in enumerate(entries) if entry is None]
+            below = self._tiers.locate([keys[chunk] for chunk in absent], group, num_ranks)
+            for chunk, tier in zip(absent, below, strict=True):
+                tiers[chunk] = tier
         return tiers
+
+    def _reserve(self, missing: Sequence[tuple[int, Wanted]]) -> list[tuple[int, Entry]]:
+        """Entries to store to: all that are missing, or as many whole chunks from the first as there is room for."""
+        entries = self._index.reserve([want for _, want in missing], EntryState.STORING) if missing else []
+        if entries is not None:
+            return [(chunk, entry) for (chunk, _), entry in zip(missing, entries, strict=True)]
+        self._meter.add("stores_without_room")
+        reserved: list[tuple[int, Entry]] = []
+        for chunk, of_chunk in itertools.groupby(missing, key=lambda item: item[0]):
+            entries = self._index.reserve([want for _, want in of_chunk], EntryState.STORING)
+            if entries is None:
+                break
+            reserved += [(chunk, entry) for entry in entries]
+        return reserved
 
     def _is_orphan(self, geometry: Geometry, chunk: int, want: Wanted) -> bool:
         if chunk == 0 or geometry.groups[want.id[1]].kind is not GroupKind.FULL:
@@ -402,8 +414,9 @@ class Store:
                 self._fail(lease)
             else:
                 self._take_back(lease)
-        self._index.release_kept()
-        if self._index.num_withdrawn and now >= self._reclaim_at:
+        if now >= self._index.next_release:
+            self._index.release_kept()
+        if self._index.has_withdrawn and now >= self._reclaim_at:
             self._reclaim(now)
 
     def _reclaim(self, now: float) -> None:
@@ -451,9 +464,7 @@ def _loadable(entry: Entry) -> bool:
 
 
 def _tier_of(entry: Entry | None) -> Tier | None:
-    """Where a resident entry counts as being. What is on its way counts as where it comes from: it may yet fail."""
-    if entry is None:
+    """Where an entry counts as being. What is on its way counts as where it comes from: it may yet fail."""
+    if entry is None or not _loadable(entry):
         return None
-    if entry.state is EntryState.COMMITTED:
-        return Tier.MEMORY
-    return entry.source if _loadable(entry) else None
+    return Tier.MEMORY if entry.state is EntryState.COMMITTED else entry.source

@@ -198,7 +198,7 @@ class ByteTier:
         return {f"{prefix}_{name}": value for name, value in {**self._meter.snapshot(), **gauges}.items()}
 
     def close(self, deadline_seconds: float) -> None:
-        """Finish queued writes and deletes within the deadline, give up the rest and the reads, close the backend."""
+        """Finish queued writes and deletes within the deadline, give up the rest and all reads, close the backend."""
         with self._lock:
             gets, self._gets = self._gets, deque()
             self._closed = True

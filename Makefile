@@ -4,14 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+ROUNDS := 50
+SECONDS := 60
 SOURCES := src tests benchmarks examples
 
-.PHONY: help demo test lint fmt bench clean
+.PHONY: help demo test lint fmt bench faults soak clean
 help:
 	@echo 'make demo    run a real model with kvferry and show what each tier saves'
 	@echo 'make test    run the tests'
 	@echo 'make lint    check format, rules, types and layers'
 	@echo 'make bench   measure (JSON and tables)'
+	@echo 'make faults  kill, stop and deprive servers and engines, ROUNDS=50 times each way'
+	@echo 'make soak    engines and a server under random kills, for SECONDS=60'
 	@echo 'make fmt     format the sources'
 	@echo 'make clean   remove .venv and caches'
 
@@ -30,6 +34,12 @@ lint: $(READY)
 fmt: $(READY)
 	@$(BIN)/ruff format $(SOURCES)
 	@$(BIN)/ruff check --fix $(SOURCES)
+
+faults: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_server_faults.py --fault-rounds $(ROUNDS) -q
+
+soak: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --seconds $(SECONDS)
 
 bench: $(READY)
 	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done

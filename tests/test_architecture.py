@@ -50,6 +50,12 @@ OPTIONS = {
         "async_load_bytes",
         "load_deadline_seconds",
         "close_deadline_seconds",
+        "server_url",
+        "server_key",
+        "client_secret",
+        "connect_deadline_seconds",
+        "match_deadline_seconds",
+        "job_deadline_seconds",
         "log_level",
     ],
     "KvCacheConfig": [
@@ -271,7 +277,14 @@ print(' '.join(sys.modules))
 
 
 @pytest.mark.parametrize(
-    "module", ["kvferry.connector", "kvferry.connector.persistent", "kvferry.store.store", "kvferry.offload.planner"]
+    "module",
+    [
+        "kvferry.connector",
+        "kvferry.connector.persistent",
+        "kvferry.store.store",
+        "kvferry.server.client",
+        "kvferry.offload.planner",
+    ],
 )
 def test_what_must_not_need_torch_does_not_load_it(module: str) -> None:
     assert not set(in_python(f"import {module}" + LOADED).split()) & {"torch", "transformers"}

@@ -60,6 +60,8 @@ def longest_hit(groups: Sequence[GroupRule], unit_tokens: int, present: Sequence
     for group, units in zip(groups, present, strict=True):
         if group.kind is GroupKind.FULL:
             limit = _leading(units, limit)
+    if all(group.kind is GroupKind.FULL for group in groups):
+        return limit
     boundaries = np.arange(1, limit + 1)
     whole = np.ones(limit, dtype=bool)
     for group, units in zip(groups, present, strict=True):
@@ -80,4 +82,5 @@ def _window_units(group: GroupRule, unit_tokens: int) -> int:
 
 
 def _leading(units: Sequence[bool], limit: int) -> int:
-    return next((index for index, has in enumerate(units[:limit]) if not has), limit)
+    found = units[:limit]
+    return found.index(False) if False in found else limit

@@ -80,7 +80,7 @@ from tensorrt_llm._torch.pyexecutor.connectors.kv_cache_connector import KvCache
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
     with pytest.raises(
-        UnknownPresetError, match=r"'kvfery'; known: kvbm, kvferry, lmcache, lmcache-mp, persist"
+        UnknownPresetError, match=r"'kvfery'; known: kvbm, kvferry, kvferry-server, lmcache, lmcache-mp, persist"
     ) as caught:
         resolve(KvCacheConnectorConfig(connector="kvfery"))
     assert isinstance(caught.value, ValueError)

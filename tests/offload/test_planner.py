@@ -345,6 +345,9 @@ class StuckStore:
     def delete(self, names: Sequence[bytes]) -> None:
         pass
 
+    def touch(self, names: Sequence[bytes]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 
 import pytest
@@ -15,9 +14,13 @@ from kvferry.store.eviction import LRU, S3FIFO, EvictionPolicy, Evictor
 ROOT = -1
 
 
-def evict(evictor: Evictor[int], num: int) -> list[int] | None:
-    count = itertools.count(1)
-    return evictor.evict(lambda _: next(count) == num)
+def evict(evictor: Evictor[int], num: int, share: str | None = None) -> list[int] | None:
+    """The next `num`, or None and nothing."""
+    for _ in range(num):
+        if evictor.choose(share) is None:
+            evictor.spare()
+            return None
+    return evictor.evict()
 
 
 class EvictorMachine(RuleBasedStateMachine):
@@ -27,7 +30,7 @@ class EvictorMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.evictor: Evictor[int] = Evictor(self.make_policy())
+        self.evictor: Evictor[int] = Evictor(self.make_policy(), ["odd"])
         self.parents: dict[int, int] = {}
         self.pins: Counter[int] = Counter()
         self.used: dict[int, int] = {}
@@ -42,7 +45,7 @@ class EvictorMachine(RuleBasedStateMachine):
     @rule(target=items, item=st.integers(0, 40), parent=st.integers(-1, 40))
     def add(self, item: int, parent: int) -> int:
         if item not in self.parents and parent < item:
-            self.evictor.add(item, parent)
+            self.evictor.add(item, parent, "odd" if item % 2 else None)
             self.parents[item] = parent
             self.pins[item] = 1
             self.use(item)
@@ -80,13 +83,13 @@ class EvictorMachine(RuleBasedStateMachine):
         del self.parents[item], self.pins[item]
 
     @precondition(lambda self: self.parents)
-    @rule(num=st.integers(1, 12))
-    def evict(self, num: int) -> None:
+    @rule(num=st.integers(1, 12), share=st.sampled_from([None, None, "odd"]))
+    def evict(self, num: int, share: str | None) -> None:
         before = dict(self.parents)
-        victims = evict(self.evictor, num)
+        victims = evict(self.evictor, num, share)
         if victims is None:
             removable = 0
-            while leaves := self.evictable():
+            while leaves := self.of_share(share):
                 removable += len(leaves)
                 for leaf in leaves:
                     del self.parents[leaf]
@@ -95,12 +98,21 @@ class EvictorMachine(RuleBasedStateMachine):
             return
         assert len(victims) == num
         for victim in victims:
-            assert victim in self.evictable()
-            self.check_order(victim)
+            assert victim in self.of_share(share)
+            self.check_order(victim, share)
             self.forget(victim)
 
-    def check_order(self, victim: int) -> None:
-        assert self.used[victim] == min(self.used[item] for item in self.evictable())
+    def of_share(self, share: str | None) -> set[int]:
+        return {item for item in self.evictable() if share is None or item % 2}
+
+    @rule(num=st.integers(1, 5), share=st.sampled_from([None, "odd"]))
+    def choose_and_spare(self, num: int, share: str | None) -> None:
+        for _ in range(num):
+            self.evictor.choose(share)
+        self.evictor.spare()
+
+    def check_order(self, victim: int, share: str | None) -> None:
+        assert self.used[victim] == min(self.used[item] for item in self.of_share(share))
 
     @invariant()
     def agrees(self) -> None:
@@ -112,7 +124,7 @@ class S3FIFOMachine(EvictorMachine):
     def make_policy(self) -> EvictionPolicy[int]:
         return S3FIFO()
 
-    def check_order(self, victim: int) -> None:
+    def check_order(self, victim: int, share: str | None) -> None:
         """Its order depends on history; what it may not do is checked all the same."""
 
 

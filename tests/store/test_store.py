@@ -14,7 +14,7 @@ import pytest
 from kvferry.blocks import Geometry, Job, Slot, Tier
 from kvferry.config import StoreOptions
 from kvferry.errors import ConfigError, InvariantError
-from kvferry.store.arena import COMMITTED, Arena, SlotHeader
+from kvferry.store.arena import COMMITTED, Arena
 from kvferry.store.base import ByteStore
 from kvferry.store.disk import DiskStore
 from kvferry.store.store import Store
@@ -118,35 +118,45 @@ def test_a_store_whose_lease_lapses_keeps_its_slots_from_others(rig: Rig) -> Non
     keys = keys_of(RANKED, 2)
     late = rig.store.begin_store(RANKED, keys, 0)
     assert late is not None
+    slots = [[part.slots[rank] for part in late.parts] for rank in range(2)]
+    writing = rig.arena.begin_writing(slots[1])
+    assert writing is not None
     rig.store.done(late.job_id, 0, True)
     rig.clock.now += 61
     assert rig.store.match(RANKED, keys).num_chunks == 0
     rig.store.check()
-    assert not any(rig.arena.holds(slot) for part in late.parts for slot in part.slots), "who has not begun must not"
+    assert rig.store.stats()["slots_withdrawn"] == 2, "those of rank 0 serve again"
+    assert rig.arena.begin_writing(slots[0]) is None, "who has not begun must not"
     rig.save(keys, RANKED)
-    for part in late.parts:
-        for slot in part.slots:
-            rig.arena.view(slot)[:] = b"\xee" * slot.num_bytes
+    for slot in slots[1]:
+        rig.arena.view(slot)[:] = b"\xee" * slot.num_bytes
     load = rig.store.begin_load(RANKED, keys, 0)
     assert load is not None
     assert_copied(rig.arena, load, keys)
     for rank in range(2):
         rig.store.done(load.job_id, rank, True)
-    withdrawn = rig.store.stats()["slots_withdrawn"]
+    writing.end()
     rig.store.done(late.job_id, 1, True)
-    assert (withdrawn, rig.store.stats()["slots_withdrawn"]) == (4, 0)
-    assert rig.store.match(RANKED, keys).num_chunks == 2, "what was late was not committed a second time"
+    assert rig.store.stats()["unknown_jobs"] == 1, "what was late was not committed a second time"
+    rig.clock.now += 1
+    rig.store.poll()
+    assert rig.store.stats()["slots_withdrawn"] == 0
+    assert rig.store.match(RANKED, keys).num_chunks == 2
 
 
-def test_a_store_cancelled_after_a_rank_was_told_waits_for_the_others(rig: Rig) -> None:
+def test_a_store_cancelled_under_a_writer_waits_for_it(rig: Rig) -> None:
     rig.reopen(RANKED)
     job = rig.store.begin_store(RANKED, keys_of(RANKED, 2), 0)
     assert job is not None
+    writing = rig.arena.begin_writing([part.slots[0] for part in job.parts])
+    assert writing is not None
     rig.store.done(job.job_id, 1, True)
     rig.store.cancel(job.job_id)
-    assert rig.store.stats()["slots_withdrawn"] == 4
+    assert rig.store.stats()["slots_withdrawn"] == 2
     rig.store.check()
-    rig.store.done(job.job_id, 0, False)
+    writing.end()
+    rig.clock.now += 1
+    rig.store.poll()
     assert rig.store.stats()["slots_withdrawn"] == 0
 
 
@@ -238,6 +248,56 @@ def test_two_loads_share_one_promotion(rig: Rig) -> None:
         rig.store.done(job.job_id, 0, True)
 
 
+def test_each_owner_is_told_of_its_own_loads_alone(rig: Rig) -> None:
+    keys = keys_of(GEOMETRY, 3)
+    rig.save(keys)
+    rig.reopen()
+    rig.backend.gate.clear()
+    jobs = {owner: rig.store.begin_load(GEOMETRY, keys, 0, owner=owner) for owner in ("one", "two", "dead", "silent")}
+    ids = {owner: job.job_id for owner, job in jobs.items() if job is not None}
+    assert len(ids) == 4
+    rig.store.release("dead")
+    rig.backend.gate.set()
+    assert rig.store.poll(10.0, owner="one").ready == (ids["one"],)
+    assert rig.store.poll(owner="one").ready == ()
+    assert rig.store.poll(30.0, owner="dead").ready == (), "who is dead waits for nothing"
+    assert rig.store.poll(owner="two").ready == (ids["two"],)
+    rig.store.done(ids["silent"], 0, True)
+    assert rig.store.poll(owner="silent").ready == (), "a job that is done needs no answer"
+    rig.store.done(ids["one"], 0, True)
+    rig.store.release("two")
+    assert rig.store.stats()["leases"] == 0
+
+
+def test_answers_to_those_who_never_ask_do_not_pile_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvferry.store.leases._MOST_ANSWERS", 3)
+    keys = keys_of(GEOMETRY, 1)
+    rig.save(keys)
+    rig.reopen()
+    rig.backend.gate.clear()
+    jobs = [rig.store.begin_load(GEOMETRY, keys, 0) for _ in range(8)]
+    rig.backend.gate.set()
+    wait_until(lambda: not rig.store.stats()["entries_promoting"])
+    assert rig.store.poll().ready == tuple(job.job_id for job in jobs[-3:] if job is not None)
+    rig.store.release("local")
+
+
+def test_an_engine_that_is_gone_may_come_back_as_another(rig: Rig) -> None:
+    rig.save(keys_of(GEOMETRY, 2))
+    other = full_geometry(identity="another", part_bytes=4096)
+    with pytest.raises(ConfigError, match="different geometries"):
+        rig.store.register("engine", 1, RANKED)
+    rig.store.unregister("engine")
+    rig.store.unregister("nobody")
+    assert rig.store.geometry("engine") is None
+    assert rig.store.stats()["geometries"] == 0
+    assert rig.store.match(GEOMETRY, keys_of(GEOMETRY, 2)).num_chunks == 0, "nobody has declared it"
+    register(rig.store, other)
+    assert rig.store.geometry("engine") == other
+    register(rig.store, GEOMETRY, engine="second")
+    assert rig.store.match(GEOMETRY, keys_of(GEOMETRY, 2)).num_chunks == 2
+
+
 def test_parts_being_written_below_are_not_evicted(rig: Rig) -> None:
     rig.store.close()
     rig.store = rig.open(arena_bytes=300_000)
@@ -270,12 +330,12 @@ def test_memory_that_runs_out_is_no_room(rig: Rig, monkeypatch: pytest.MonkeyPat
     rig.store.close()
     claim = Arena.claim
 
-    def claim_three(self: Arena, slab: int) -> None:
-        if slab >= 3:
+    def claim_a_dozen(self: Arena, unit: int) -> None:
+        if unit >= 12:
             raise OSError(errno.ENOSPC, "No space left on device")
-        claim(self, slab)
+        claim(self, unit)
 
-    monkeypatch.setattr(Arena, "claim", claim_three)
+    monkeypatch.setattr(Arena, "claim", claim_a_dozen)
     rig.store = rig.open()
     for prompt in range(50):
         keys = keys_of(GEOMETRY, 4, first_token=1000 + prompt)
@@ -315,10 +375,9 @@ def test_check_finds_a_header_that_is_not_what_the_index_says(rig: Rig) -> None:
     job = rig.store.begin_load(GEOMETRY, keys, 0)
     assert job is not None
     slot = job.parts[0].slots[0]
-    wrong = SlotHeader(slot.generation, COMMITTED, slot.num_bytes, 0, 0, 1, bytes(16), b"x" * 32, bytes(32))
     right = rig.arena.read_header(slot)
     assert right is not None
-    rig.arena.write_header(slot, wrong)
+    rig.arena.write_header(slot, right._replace(key=b"x" * 32))
     with pytest.raises(InvariantError, match="the index says"):
         rig.store.check()
     rig.arena.write_header(slot, right)
@@ -336,7 +395,7 @@ def test_a_writer_killed_at_any_moment_leaves_slots_absent_or_whole(rig: Rig) ->
     assert header.state != COMMITTED
     rig.fill(job, keys)
     committed = rig.arena.read_header(slot)
-    assert committed == dataclasses.replace(header, state=COMMITTED)
+    assert committed == header._replace(state=COMMITTED)
     assert committed.key == keys[0]
 
 

@@ -14,16 +14,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from kvferry.blocks import Geometry, GroupKind, Job, Tier
+from kvferry.blocks import Geometry, GroupKind, Job, Slot, Tier
 from kvferry.config import StoreOptions
-from kvferry.store.arena import Arena
-from kvferry.store.base import PartName
-from kvferry.store.store import Store
+from kvferry.store.arena import Arena, Writing
+from kvferry.store.base import PartName, Selection, Tally
+from kvferry.store.index import EntryId, EntryState
+from kvferry.store.keys import salt_tag
+from kvferry.store.managed import ManagedStore
 from kvferry.store.tier import ByteTier
 from kvferry.testing.block_store import (
     CHUNK_TOKENS,
     assert_copied,
-    copy_in,
+    bytes_of,
     full_geometry,
     hybrid_geometry,
     keys_of,
@@ -33,18 +35,32 @@ from kvferry.testing.byte_store import DictByteStore
 from kvferry.testing.faults import FaultyByteStore
 
 OWNERS = st.sampled_from(["one", "two"])
+SALTS = st.sampled_from([None, "tenant"])
+ARENA_BYTES = 230_000
+QUOTA_BYTES = 70_000
 
 
 @dataclasses.dataclass(eq=False)
 class Work:
-    """A job that a fake engine was given. ranks: those that have not said done. sound: every slot was filled."""
+    """A job that a fake engine was given. ranks: those that have not said done. writing: those that have begun to copy
+    and not ended. sound: every slot was filled."""
 
     job: Job
     keys: list[bytes]
     owner: str
     ranks: set[int]
     begun_at: float
+    writing: dict[int, Writing] = dataclasses.field(default_factory=dict)
     sound: bool = True
+
+    def slots(self, rank: int) -> list[Slot]:
+        return [part.slots[rank] for part in self.job.parts]
+
+    def die(self) -> None:
+        """What the kernel does for a process that ends."""
+        for writing in self.writing.values():
+            writing.end()
+        self.writing.clear()
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -61,6 +77,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.backend = FaultyByteStore(DictByteStore())
         self.stored: set[bytes] = set()
         """Keys of chunks that some store has ended well for."""
+        self.live: dict[int, Work] = {}
+        self.lapsed: dict[int, Work] = {}
+        """Stores that the store took back while ranks were copying."""
+        self.kept: dict[EntryId, float] = {}
+        """What is not to be evicted, until when."""
         self.open()
 
     def make_geometry(self) -> Geometry:
@@ -69,16 +90,21 @@ class StoreMachine(RuleBasedStateMachine):
     def open(self) -> None:
         options = StoreOptions(
             chunk_tokens=CHUNK_TOKENS,
-            l1_size_gb=230_000 / 1e9,
+            l1_size_gb=ARENA_BYTES / 1e9,
             arena_dir=str(self.folder),
             load_deadline_seconds=2.0,
             eviction_policy="s3fifo" if isinstance(self, HybridMachine) else "lru",
         )
         tier = ByteTier(self.backend, Tier.DISK, clock=lambda: self.now)
-        self.store = Store(options, tiers=[tier], lease_seconds=60.0, clock=lambda: self.now)
+        self.store = ManagedStore(
+            options,
+            tiers=[tier],
+            lease_seconds=60.0,
+            clock=lambda: self.now,
+            adopt=True,
+            quotas={"tenant": QUOTA_BYTES},
+        )
         self.arena: Arena = self.store.mapping
-        self.live: dict[int, Work] = {}
-        self.lapsed: dict[int, Work] = {}
         register(self.store, self.geometry)
 
     def keys(self, prompt: int, num_chunks: int) -> list[bytes]:
@@ -88,6 +114,9 @@ class StoreMachine(RuleBasedStateMachine):
             tail = keys_of(self.geometry, num_chunks, first_token=999)
             return keys[:2] + tail[2:]
         return keys
+
+    def salt(self, prompt: int) -> str | None:
+        return "tenant" if prompt > 2 else None
 
     def took(self, job: Job | None, keys: list[bytes], owner: str) -> Work | None:
         if job is None:
@@ -99,7 +128,17 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(target=stores, prompt=st.integers(0, 5), num_chunks=st.integers(1, 6), first=st.integers(0, 3), owner=OWNERS)
     def begin_store(self, prompt: int, num_chunks: int, first: int, owner: str) -> Work | None:
         keys = self.keys(prompt, num_chunks)
-        return self.took(self.store.begin_store(self.geometry, keys, min(first, num_chunks), owner=owner), keys, owner)
+        first, salt = min(first, num_chunks), self.salt(prompt)
+        return self.took(self.store.begin_store(self.geometry, keys, first, salt=salt, owner=owner), keys, owner)
+
+    @rule(prompts=st.lists(st.integers(0, 5), min_size=1, max_size=4), num_chunks=st.integers(1, 6))
+    def save(self, prompts: list[int], num_chunks: int) -> None:
+        """Most stores end well, and at once."""
+        for prompt in prompts:
+            work = self.begin_store(prompt, num_chunks, 0, "one")
+            for rank in range(self.geometry.num_ranks):
+                self.rank_stores(work, rank, True)
+            self.settle()
 
     @rule(target=loads, prompt=st.integers(0, 5), num_chunks=st.integers(1, 6), first=st.integers(0, 3), owner=OWNERS)
     def begin_load(self, prompt: int, num_chunks: int, first: int, owner: str) -> Work | None:
@@ -109,7 +148,8 @@ class StoreMachine(RuleBasedStateMachine):
         if match.num_chunks <= first:
             return None
         keys = keys[: match.num_chunks]
-        work = self.took(self.store.begin_load(self.geometry, keys, first, owner=owner), keys, owner)
+        job = self.store.begin_load(self.geometry, keys, first, salt=self.salt(prompt), owner=owner)
+        work = self.took(job, keys, owner)
         if work is not None and not work.job.ready:
             self.await_answer(work)
         return work if work is not None and work.job.job_id in self.live else None
@@ -119,29 +159,45 @@ class StoreMachine(RuleBasedStateMachine):
         return [] if any(group.kind is GroupKind.FULL for group in self.geometry.groups) else keys[:-1]
 
     def await_answer(self, work: Work) -> None:
-        answer = self.store.poll(10.0)
+        answer = self.store.poll(10.0, owner=work.owner)
         job_id = work.job.job_id
         assert {*answer.ready, *answer.failed} == {job_id}, "one load waits, and is answered once"
         if answer.failed:
             del self.live[job_id]
+
+    def took_back(self, work: Work) -> None:
+        if self.live.pop(work.job.job_id, None) and work.writing:
+            self.lapsed[work.job.job_id] = work
+
+    @rule(work=stores, rank=st.integers(0, 1))
+    def rank_begins(self, work: Work | None, rank: int) -> None:
+        if work is None or rank not in work.ranks or rank in work.writing:
+            return
+        writing = self.arena.begin_writing(work.slots(rank))
+        assert (writing is not None) == (work.job.job_id in self.live)
+        if writing is not None:
+            work.writing[rank] = writing
 
     @rule(work=stores, rank=st.integers(0, 1), ok=st.sampled_from([True, True, True, False]))
     def rank_stores(self, work: Work | None, rank: int, ok: bool) -> None:
         """A rank that is late writes all the same: nobody else's chunk may show it."""
         if work is None or rank not in work.ranks:
             return
-        if ok and all(self.arena.holds(part.slots[rank]) for part in work.job.parts):
-            copy_in(self.arena, work.job, work.keys, rank)
-        elif work.job.job_id in self.live | self.lapsed:
-            for part in work.job.parts:
-                self.arena.view(part.slots[rank])[:] = b"\xee" * part.slots[rank].num_bytes
-            ok = False
+        self.rank_begins(work, rank)
+        writing = work.writing.pop(rank, None)
+        ok = ok and work.job.job_id in self.live
+        if writing is not None:
+            for part, slot in zip(work.job.parts, work.slots(rank), strict=True):
+                text = bytes_of(work.keys[part.chunk], part, rank)
+                self.arena.view(slot)[:] = text if ok else b"\xee" * slot.num_bytes
+            writing.end()
+        if not work.writing:
+            self.lapsed.pop(work.job.job_id, None)
         work.ranks.discard(rank)
         work.sound &= ok
         self.store.done(work.job.job_id, rank, ok)
         if not work.ranks:
             live = self.live.pop(work.job.job_id, None)
-            self.lapsed.pop(work.job.job_id, None)
             if live is not None and work.sound:
                 self.stored.update(work.keys[part.chunk] for part in work.job.parts)
 
@@ -159,27 +215,61 @@ class StoreMachine(RuleBasedStateMachine):
         if work is None:
             return
         self.store.cancel(work.job.job_id)
-        live = self.live.pop(work.job.job_id, None)
-        if live and 0 < len(work.ranks) < self.geometry.num_ranks:
-            self.lapsed[work.job.job_id] = work
+        self.took_back(work)
 
     @rule(seconds=st.sampled_from([1.0, 30.0, 61.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.store.poll()
-        for job_id, work in [*self.live.items()]:
+        for work in [*self.live.values()]:
             if work.begun_at + 60.0 <= self.now:
-                del self.live[job_id]
-                if any(part.slots for part in work.job.parts) and work.job.kind.value == "store":
-                    self.lapsed[job_id] = work
+                self.took_back(work)
+        assert self.store.stats()["slots_withdrawn"] == self.num_written()
 
-    @rule(owner=OWNERS)
-    def owner_dies(self, owner: str) -> None:
+    def num_written(self) -> int:
+        return sum(len(work.slots(rank)) for work in self.lapsed.values() for rank in work.writing)
+
+    @rule(owner=OWNERS, is_dead=st.booleans())
+    def owner_goes(self, owner: str, is_dead: bool) -> None:
+        """Or is thought to be gone, while it copies."""
+        for work in [*self.live.values(), *self.lapsed.values()]:
+            if work.owner == owner and is_dead:
+                work.die()
         self.store.release(owner)
-        for table in (self.live, self.lapsed):
-            for job_id, work in [*table.items()]:
-                if work.owner == owner:
-                    del table[job_id]
+        for work in [*self.live.values()]:
+            if work.owner == owner:
+                self.took_back(work)
+        self.lapsed = {job_id: work for job_id, work in self.lapsed.items() if work.writing}
+
+    @rule(prompt=st.integers(0, 5), num_chunks=st.integers(1, 6))
+    def prefetch(self, prompt: int, num_chunks: int) -> None:
+        keys = self.keys(prompt, num_chunks)
+        found = self.store.prefetch(self.geometry, keys, salt=self.salt(prompt))
+        assert found.num_in_memory + found.num_under_way <= found.num_entries
+
+    @rule(prompts=st.sets(st.integers(0, 5)), salt=SALTS, unused=st.sampled_from([None, None, 0.0, 50.0]))
+    def clear(self, prompts: set[int], salt: str | None, unused: float | None) -> None:
+        keys = frozenset(key for prompt in prompts for key in self.keys(prompt, 6)) if prompts else None
+        selection = Selection(keys=keys, salt_tag=salt_tag(salt) if salt else None, unused_seconds=unused)
+        meant = [entry for entry in self.store._index.select(selection) if not self.store._index.is_pinned(entry)]
+        cleared = self.store.clear(selection)
+        assert cleared == Tally(len(meant), sum(entry.num_bytes for entry in meant))
+        for entry in meant:
+            assert self.store._index.get(entry.id) is None
+            assert self.store._tiers.source(entry.id, self.geometry.num_ranks) is None
+
+    @rule(prompt=st.integers(0, 5), num_chunks=st.integers(1, 6), seconds=st.sampled_from([5.0, 50.0]))
+    def keep(self, prompt: int, num_chunks: int, seconds: float) -> None:
+        keys = frozenset(self.keys(prompt, num_chunks))
+        tally = self.store.keep(Selection(keys=keys), seconds)
+        self.kept = dict(self.store._index._kept)
+        assert sum(until == self.now + seconds for until in self.kept.values()) >= tally.num_entries
+
+    @rule(salt=SALTS)
+    def unkeep(self, salt: str | None) -> None:
+        self.store.unkeep(Selection(salt_tag=salt_tag(salt)))
+        self.kept = dict(self.store._index._kept)
+        assert not any(self.store._index.get(kept).wanted.salt_tag == salt_tag(salt) for kept in self.kept)  # type: ignore[union-attr]
 
     @rule(fault=st.sampled_from(["none", "none", "put", "get", "short"]))
     def tier_changes(self, fault: str) -> None:
@@ -196,8 +286,34 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        self.store.close()
+        self.close()
         self.open()
+        assert len(self.store._index) == 0
+
+    @rule(is_dead=st.booleans())
+    def server_is_killed(self, is_dead: bool) -> None:
+        """Its engines may live on, and go on copying."""
+        self.settle()
+        committed = {entry.id for entry in self.store._index if entry.state is EntryState.COMMITTED}
+        for work in [*self.live.values()]:
+            self.took_back(work)
+        if is_dead:
+            for work in self.lapsed.values():
+                work.die()
+            self.lapsed.clear()
+        self.store.close(keep_arena=True)
+        self.kept.clear()
+        self.open()
+        assert {entry.id for entry in self.store._index} == committed
+        assert self.store.stats()["slots_withdrawn"] == self.num_written()
+
+    def close(self) -> None:
+        for work in [*self.live.values(), *self.lapsed.values()]:
+            work.die()
+        self.live.clear()
+        self.lapsed.clear()
+        self.kept.clear()
+        self.store.close()
 
     @invariant()
     def agrees(self) -> None:
@@ -205,21 +321,27 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.check()
         stats = self.store.stats()
         assert stats["leases"] == len(self.live)
-        assert stats["leases_lapsed_writing"] == len(self.lapsed)
-        withdrawn = sum(len(part.slots) for work in self.lapsed.values() for part in work.job.parts)
-        assert stats["slots_withdrawn"] == withdrawn
+        assert stats["slots_withdrawn"] >= self.num_written()
+        usage = self.store.usage()
+        assert sum(of.num_bytes for of in usage) == stats["entries_bytes"]
+        assert sum(of.num_bytes for of in usage if of.salt_tag == salt_tag("tenant")) <= QUOTA_BYTES
+        kept = [entry_id for entry_id, until in self.kept.items() if until > self.now]
+        entries = [self.store._index.get(entry_id) for entry_id in kept]
+        assert all(entries), "what is to be kept is there"
+        assert sum(entry.num_bytes for entry in entries if entry) <= ARENA_BYTES / 2
 
     def settle(self) -> None:
         """Let the tier's threads finish, so that each run of these steps is the same run."""
         for _ in range(10_000):
             stats = self.store.stats()
-            if not (stats["parts_being_written_through"] or stats["entries_promoting"]):
+            under_way = ("parts_being_written_through", "entries_promoting", "disk_queued_deletes")
+            if not any(stats[name] for name in under_way):
                 return
             threading.Event().wait(0.0005)
         raise AssertionError("the tier's threads do not finish")
 
     def teardown(self) -> None:
-        self.store.close()
+        self.close()
         assert not list(self.folder.iterdir())
         shutil.rmtree(self.folder)
 

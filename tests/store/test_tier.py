@@ -220,3 +220,51 @@ def test_closing_gives_up_writes_at_its_deadline(make: Make, backend: FaultyByte
     backend.gate.set()
     closing.join()
     assert writes[0].result(10.0)
+
+
+def test_what_is_deleted_is_absent_at_once_and_gone_soon(make: Make, backend: FaultyByteStore) -> None:
+    tier = make(num_threads=2)
+    assert isinstance(backend.inner, DictByteStore)
+    for number in range(3):
+        assert put(tier, number).result(10.0)
+    backend.gate.clear()
+    readings: list[Future[bool]] = [Future() for _ in range(2)]
+    for reading in readings:
+        tier.get(name_of(2), memoryview(bytearray(PART_BYTES)), reading.set_result, timeout_seconds=10.0)
+    while backend.num_gets < 2:
+        pass
+    tier.delete([name_of(0), name_of(1)])
+    assert tier.contains([name_of(0), name_of(1), name_of(2)]) == [False, False, True]
+    assert len(backend.inner.values) == 3, "every thread is busy"
+    backend.gate.set()
+    assert all(reading.result(10.0) for reading in readings)
+    while tier.stats()["disk_queued_deletes"]:
+        pass
+    assert list(backend.inner.values) == [name_of(2)]
+    assert put(tier, 0).result(10.0)
+    assert get(tier, 0)
+
+
+def test_closing_deletes_what_is_left_to_delete(make: Make, backend: FaultyByteStore) -> None:
+    tier = make(num_threads=2)
+    assert isinstance(backend.inner, DictByteStore)
+    assert put(tier, 0).result(10.0)
+    for _ in range(50):
+        tier.delete([name_of(0)])
+    tier.close(10.0)
+    assert backend.inner.values == {}
+    assert tier.stats()["disk_queued_deletes"] == 0
+
+
+def test_a_delete_that_fails_is_counted(make: Make, backend: FaultyByteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(names: list[PartName]) -> None:
+        raise BROKEN
+
+    monkeypatch.setattr(backend, "delete", fail)
+    tier = make()
+    assert put(tier, 0).result(10.0)
+    tier.delete([name_of(0)])
+    while tier.stats()["disk_queued_deletes"]:
+        pass
+    assert tier.stats()["disk_failed_deletes"] == 1
+    assert not tier.contains([name_of(0)])[0], "it is not to be found again"

@@ -11,7 +11,25 @@ from importlib import import_module
 import kvferry
 from kvferry.errors import KVFerryError
 
-COMMANDS = ("demo", "generate", "serve", "trtllm-run", "connectors", "check", "config")
+COMMANDS = (
+    "demo",
+    "generate",
+    "serve",
+    "trtllm-run",
+    "server",
+    "stats",
+    "top",
+    "ls",
+    "clear",
+    "pin",
+    "unpin",
+    "warm",
+    "check-store",
+    "keygen",
+    "connectors",
+    "check",
+    "config",
+)
 """Each is a module of this package (`_` for `-`) with `add_arguments(parser)`, `run(arguments) -> int` and a docstring
 that says what the command does, with examples."""
 

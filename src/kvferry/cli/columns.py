@@ -10,3 +10,8 @@ from kvferry.observability.columns import aligned
 def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a header and rows of as many cells; the last column is as wide as it likes."""
     print(aligned(header, rows))
+
+
+def megabytes(num_bytes: float) -> str:
+    """In millions of bytes, which is what sizes of stores are given in a thousand of."""
+    return f"{num_bytes / 1e6:,.1f} MB"

@@ -51,6 +51,12 @@ class ConnectorClasses:
 
 _presets = {
     "kvferry": Preset("kvferry.offload.connector", "KVFerryConnectorScheduler", "KVFerryConnectorWorker"),
+    "kvferry-server": Preset(
+        "kvferry.offload.connector",
+        "KVFerryConnectorScheduler",
+        "KVFerryConnectorWorker",
+        server_url=ServerUrl.OPTIONAL,
+    ),
     "persistent": Preset("kvferry.connector.persistent", "PersistentConnectorScheduler", "PersistentConnectorWorker"),
     "lmcache": Preset(
         "lmcache.integration.tensorrt_llm.tensorrt_adapter",

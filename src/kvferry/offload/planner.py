@@ -117,7 +117,7 @@ class Planner:
         chain.extend(request.get_tokens(0))
         tracked = self._matched[request.request_id] = _Tracked(request, chain)
         if num_computed_tokens % self._tokens_per_block == 0:  # the API has no name for part of a block
-            tracked.load = self._lease(chain, num_computed_tokens)
+            tracked.load = self._lease(chain, num_computed_tokens, request.cache_salt)
         return Offer(tracked.load.num_tokens, tracked.load.is_async) if tracked.load else Offer()
 
     def allocated(self, request: Request, block_ids: BlockIds) -> None:
@@ -191,7 +191,7 @@ class Planner:
 
     # -- loads -------------------------------------------------------------------------------------------------------
 
-    def _lease(self, chain: KeyChain, start: int) -> _Load | None:
+    def _lease(self, chain: KeyChain, start: int, salt: str | None) -> _Load | None:
         """A lease on the longest stored prefix beyond `start`: one that may still be on its way into memory if its
         request is to wait outside the batch, else one whose bytes are in memory.
 
@@ -214,7 +214,7 @@ class Planner:
             if end <= start:
                 return None
             num_chunks = -(-end // chunk_tokens)
-            job = self._store.begin_load(self._geometry, chain.keys[:num_chunks], start // chunk_tokens)
+            job = self._store.begin_load(self._geometry, chain.keys[:num_chunks], start // chunk_tokens, salt=salt)
             if job is not None:
                 is_async = self._leaves_batch(job, end - start)
                 if job.ready or is_async or self._is_ready_by(job.job_id, deadline):
@@ -248,8 +248,6 @@ class Planner:
 
     def _plan_async_loads(self, metadata: PassMetadata) -> None:
         """Hand the leases of loads beside the passes to the movers."""
-        if self._options.async_load != "never":
-            self._store.poll()  # The movers see for themselves what is ready; answers are not to pile up.
         begun, self._begun = self._begun, []
         for request_id in begun:
             tracked = self._running.get(request_id)
@@ -336,7 +334,9 @@ class Planner:
             boundaries.insert(0, num_chunks - 1)
         for boundary in boundaries:
             keys = tracked.chain.keys[:boundary]
-            job = self._store.begin_store(self._geometry, keys, first_chunk) if first_chunk < boundary else None
+            if first_chunk >= boundary:
+                continue
+            job = self._store.begin_store(self._geometry, keys, first_chunk, salt=tracked.request.cache_salt)
             if job is not None:
                 tracked.saves = True
                 parts = [self._store_copy(part, tracked.block_ids) for part in job.parts]

@@ -40,6 +40,49 @@ class ArenaInfo:
     boot_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Entries in memory for which every condition holds that is not None.
+
+    geometry_tags, salt_tag: what they were stored under (`keys.geometry_tag`, `keys.salt_tag`). keys: of their chunks.
+    unused_seconds: how long they have not been stored, loaded or asked for by a load, at least.
+    """
+
+    geometry_tags: frozenset[bytes] | None = None
+    salt_tag: bytes | None = None
+    keys: frozenset[bytes] | None = None
+    unused_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How much a command concerned. An entry is one group of one chunk, of all ranks; bytes are its parts'."""
+
+    num_entries: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What lies in memory under one geometry and salt. identity: the geometry's, or None if no engine has declared it
+    since the store was opened."""
+
+    geometry_tag: bytes
+    salt_tag: bytes
+    identity: str | None
+    num_entries: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetch:
+    """Entries that a prompt needs: all that some tier has, those in memory, and those on their way there."""
+
+    num_entries: int
+    num_in_memory: int
+    num_under_way: int
+
+
 class ByteStore(Protocol):
     """A storage backend: bytes by name. Blocking and thread-safe.
 
@@ -58,6 +101,10 @@ class ByteStore(Protocol):
 
     def delete(self, names: Sequence[PartName]) -> None:
         """Forget these names; absent ones are no error."""
+
+    def touch(self, names: Sequence[PartName]) -> None:
+        """These values were used, from memory above. A backend that gives up what is longest unused takes note; it
+        must not take long."""
 
     def close(self) -> None:
         """Release what the backend holds. Further calls are errors."""
@@ -84,13 +131,19 @@ class BlockStore(Protocol):
     def match(self, geometry: Geometry, keys: Sequence[bytes]) -> Match:
         """The longest loadable prefix of `keys` by the hit rule (`kvferry.hit.longest_hit`). Takes no lease."""
 
-    def begin_load(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> Job | None:
+    def begin_load(
+        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, salt: str | None = None
+    ) -> Job | None:
         """Lease the slots that an engine needs to go on after the last of `keys` when it already has the chunks before
-        `first_chunk`. Parts on lower tiers start on their way into memory. None: no longer all there, or no room."""
+        `first_chunk`. Parts on lower tiers start on their way into memory. None: no longer all there, or no room.
 
-    def begin_store(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> Job | None:
+        salt: the cache salt that is part of the keys, for quotas and those who list what is kept."""
+
+    def begin_store(
+        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, salt: str | None = None
+    ) -> Job | None:
         """Reserve slots for those parts of `keys[first_chunk:]` that the store lacks, as many as there is room for,
-        in order. None: nothing to store."""
+        in order. None: nothing to store. salt: see `begin_load`."""
 
     def done(self, job_id: int, rank: int, ok: bool) -> None:
         """A rank's copies of a job have ended. The last rank ends the job: a load's leases return; a store's parts

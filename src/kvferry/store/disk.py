@@ -144,6 +144,13 @@ class DiskStore:
                 self.file_of(name).unlink(missing_ok=True)
             self._forget(name)
 
+    def touch(self, names: Sequence[PartName]) -> None:
+        """See `ByteStore.touch`. Known until the next start, as no file is touched."""
+        with self._lock:
+            for name in names:
+                if name in self._charges:
+                    self._charges.move_to_end(name)
+
     def close(self) -> None:
         """See `ByteStore.close`. Another process may write from now on."""
         with self._lock:

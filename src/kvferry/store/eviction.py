@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from typing import Final, Generic, Literal, Protocol, TypeVar
 
 from kvferry.errors import InvariantError
@@ -184,14 +184,18 @@ def make_policy(name: Literal["lru", "s3fifo"]) -> LRU[Id] | S3FIFO[Id]:
 class Evictor(Generic[Id]):
     """Residents with their parents and pins, and who of them leaves next. Callers serialise.
 
-    A parent need not be resident; its children are counted all the same, should it come later.
+    A parent need not be resident; its children are counted all the same, should it come later. shares: names of shares
+    of the residents, each of which can also be asked for its own least recently used.
     """
 
-    def __init__(self, policy: EvictionPolicy[Id]) -> None:
+    def __init__(self, policy: EvictionPolicy[Id], shares: Iterable[Hashable] = ()) -> None:
         self._policy = policy
+        self._shares: dict[Hashable, LRU[Id]] = {share: LRU() for share in shares}
+        self._share_of: dict[Id, LRU[Id]] = {}
         self._parent: dict[Id, Id] = {}
         self._pins: Counter[Id] = Counter()
         self._children: Counter[Id] = Counter()
+        self._chosen: list[Id] = []
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -199,24 +203,28 @@ class Evictor(Generic[Id]):
     def __contains__(self, item: Id) -> bool:
         return item in self._parent
 
-    def add(self, item: Id, parent: Id) -> None:
-        """A new resident, with one pin."""
+    def add(self, item: Id, parent: Id, share: Hashable = None) -> None:
+        """A new resident, with one pin, and the share that it belongs to, if any."""
         assert item not in self._parent, "an id is added once"
+        if share in self._shares:
+            self._share_of[item] = self._shares[share]
         if self._evictable(parent):
-            self._policy.hold(parent)
+            self._hold(parent)
         self._children[parent] += 1
         self._parent[item] = parent
         self._pins[item] = 1
-        self._policy.admit(item)
+        for policy in self._policies(item):
+            policy.admit(item)
 
     def touch(self, item: Id) -> None:
         """The resident was used."""
-        self._policy.touch(item)
+        for policy in self._policies(item):
+            policy.touch(item)
 
     def pin(self, item: Id) -> None:
         """Keep a resident until as many `unpin`."""
         if self._evictable(item):
-            self._policy.hold(item)
+            self._hold(item)
         self._pins[item] += 1
 
     def unpin(self, item: Id) -> None:
@@ -224,37 +232,48 @@ class Evictor(Generic[Id]):
         assert self._pins[item] > 0, "pins pair with unpins"
         self._pins[item] -= 1
         if self._evictable(item):
-            self._policy.offer(item)
+            self._offer(item)
+
+    def is_pinned(self, item: Id) -> bool:
+        """Whether pins are left on a resident."""
+        return self._pins[item] > 0
 
     def remove(self, item: Id) -> None:
         """A resident is gone for another reason than eviction, whatever pins it had."""
         if self._evictable(item):
-            self._policy.hold(item)
+            self._hold(item)
         self._forget(item, evicted=False)
         self._lose_child(self._parent.pop(item))
 
-    def evict(self, enough: Callable[[Id], bool]) -> list[Id] | None:
-        """Evict in order until `enough(victim)`, told of each victim in turn, is true of the last.
+    def choose(self, share: Hashable = None) -> Id | None:
+        """The next that is to leave, of all residents or of one share: a child before its parent. None: there is none.
 
-        Returns the victims, children before parents, which are residents no more; None: all that can be evicted is
-        not enough, and nothing was.
+        Those chosen leave together by `evict`, or stay as they were by `spare`; nothing else is to be called before.
         """
-        victims: list[Id] = []
-        while (victim := self._policy.pop()) is not None:
-            victims.append(victim)
+        victim = (self._policy if share is None else self._shares[share]).pop()
+        if victim is not None:
+            self._hold(victim)
+            self._chosen.append(victim)
             self._lose_child(self._parent[victim])
-            if enough(victim):
-                for gone in victims:
-                    del self._parent[gone]
-                    self._forget(gone, evicted=True)
-                return victims
-        for victim in reversed(victims):
+        return victim
+
+    def evict(self) -> list[Id]:
+        """Those chosen are residents no more."""
+        victims, self._chosen = self._chosen, []
+        for victim in victims:
+            del self._parent[victim]
+            self._forget(victim, evicted=True)
+        return victims
+
+    def spare(self) -> None:
+        """Those chosen stay."""
+        while self._chosen:
+            victim = self._chosen.pop()
             parent = self._parent[victim]
             if self._evictable(parent):
-                self._policy.hold(parent)
+                self._hold(parent)
             self._children[parent] += 1
-            self._policy.offer(victim)
-        return None
+            self._offer(victim)
 
     def check(self, pins: Counter[Id], parents: Iterable[tuple[Id, Id]]) -> None:
         """InvariantError: residents, their parents or pins are not these."""
@@ -266,6 +285,18 @@ class Evictor(Generic[Id]):
         if +self._children != Counter(expected.values()):
             raise InvariantError("children are miscounted")
 
+    def _policies(self, item: Id) -> tuple[EvictionPolicy[Id], ...]:
+        own = self._share_of.get(item) if self._share_of else None
+        return (self._policy,) if own is None else (self._policy, own)
+
+    def _offer(self, item: Id) -> None:
+        for policy in self._policies(item):
+            policy.offer(item)
+
+    def _hold(self, item: Id) -> None:
+        for policy in self._policies(item):
+            policy.hold(item)
+
     def _evictable(self, item: Id) -> bool:
         return item in self._parent and not self._pins[item] and not self._children[item]
 
@@ -274,8 +305,10 @@ class Evictor(Generic[Id]):
         if not self._children[parent]:
             del self._children[parent]
             if self._evictable(parent):
-                self._policy.offer(parent)
+                self._offer(parent)
 
     def _forget(self, item: Id, *, evicted: bool) -> None:
         self._pins.pop(item, None)
-        self._policy.remove(item, evicted=evicted)
+        for policy in self._policies(item):
+            policy.remove(item, evicted=evicted)
+        self._share_of.pop(item, None)

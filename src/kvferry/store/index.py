@@ -7,21 +7,26 @@ Callers serialise.
 from __future__ import annotations
 
 import enum
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from kvferry.blocks import Slot, Tier
 from kvferry.errors import InvariantError
 from kvferry.store.arena import COMMITTED, FREE, RESERVED, Arena, SlotHeader, slot_stride
+from kvferry.store.base import Selection, Tally
 from kvferry.store.eviction import Evictor, make_policy
-from kvferry.store.slots import SlotAllocator, SlotClass
+from kvferry.store.recovery import Found, recover
+from kvferry.store.slots import Room, SlotAllocator, SlotClass
 
 EntryId = tuple[bytes, int]
 """Key and group."""
 
 _NO_CHECKSUM = bytes(16)
+_KEPT_SHARE: Final = 2
+"""At most one part in this many of the arena is kept from eviction by command."""
 
 
 class EntryState(enum.Enum):
@@ -37,25 +42,36 @@ class EntryState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An entry to make room for: `num_ranks` slots of `part_bytes`. `parent` is the key of the chunk before."""
+    """An entry to make room for: `num_ranks` slots of `part_bytes`. `parent` is the key of the chunk before.
+
+    geometry_tag, salt_tag: what it is stored under, for those who list, limit or clear what is kept.
+    """
 
     id: EntryId
     parent: bytes
     part_bytes: int
     num_ranks: int
+    geometry_tag: bytes
+    salt_tag: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return self.part_bytes * self.num_ranks
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
     """One group of one chunk in the arena, one slot per rank.
 
-    source: the tier that it is promoted from. num_awaited: parts that tiers still fill. doubtful: a part failed or is
-    overdue, so nobody new may wait for it. failed: a part failed, so the entry goes once no tier writes to it any more.
+    used_at: when it was last used, by the store's clock. source: the tier that it is promoted from. num_awaited: parts
+    that tiers still fill. doubtful: a part failed or is overdue, so nobody new may wait for it. failed: a part failed,
+    so the entry goes once no tier writes to it any more.
     """
 
     wanted: Wanted
     slots: tuple[Slot, ...]
     state: EntryState
+    used_at: float
     source: Tier = Tier.MEMORY
     num_awaited: int = 0
     doubtful: bool = False
@@ -67,19 +83,52 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        return self.wanted.part_bytes * self.wanted.num_ranks
+        return self.wanted.num_bytes
 
 
 class Index:
-    """The entries of one arena that has been cut."""
+    """The entries of one arena.
 
-    def __init__(self, arena: Arena, policy: Literal["lru", "s3fifo"]) -> None:
+    clock: seconds, monotonic. quotas: most bytes of entries of a salt, by its tag. adopt: also the entries that an
+    earlier owner of the arena left whole, as far as quotas allow.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        policy: Literal["lru", "s3fifo"],
+        *,
+        clock: Callable[[], float],
+        quotas: Mapping[bytes, int],
+        adopt: bool = False,
+    ) -> None:
         self._arena = arena
-        self._slots = SlotAllocator(arena)
-        self._evictor: Evictor[EntryId] = Evictor(make_policy(policy))
+        self._clock = clock
+        self._quotas = quotas
+        found = recover(arena) if adopt else Found()
+        self._slots = SlotAllocator(arena, found.slabs, found.unusable)
+        self._evictor: Evictor[EntryId] = Evictor(make_policy(policy), quotas)
         self._entries: dict[EntryId, Entry] = {}
-        self._withdrawn: set[Slot] = set()
-        self.num_evicted = 0
+        self._withdrawn = set(found.withdrawn)
+        self._kept: dict[EntryId, float] = {}
+        """Entries that are not to be evicted, and until when."""
+        self._kept_bytes = 0
+        self.next_release = math.inf
+        """When the first of them may be evicted again."""
+        self._tallies: dict[tuple[bytes, bytes], Tally] = {}
+        """What there is of each geometry and salt, by their tags."""
+        self._salt_bytes = dict.fromkeys(quotas, 0)
+        self._meter: Counter[str] = Counter(evicted_entries=0, reserves_over_quota=0)
+        for parts in found.entries:
+            header = parts[0][0]
+            entry_id = (header.key, header.group)
+            tags = (header.geometry_tag, header.salt_tag)
+            want = Wanted(entry_id, header.parent, header.num_bytes, header.num_ranks, *tags)
+            self._admit(Entry(want, tuple(slot for _, slot in parts), EntryState.COMMITTED, clock()))
+            self._evictor.unpin(want.id)
+        for salt, quota in quotas.items():
+            self._choose(self._slots.room({}), salt, self._salt_bytes[salt] - quota, tight=True)
+            self._evict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -91,20 +140,29 @@ class Index:
         """The entry in whatever state, or None."""
         return self._entries.get(entry_id)
 
+    def find(self, keys: Sequence[bytes], group: int) -> list[Entry | None]:
+        """The entries of one group of chunks, in whatever state."""
+        get = self._entries.get
+        return [get((key, group)) for key in keys]
+
     def reserve(self, wanted: Sequence[Wanted], state: EntryState) -> list[Entry] | None:
-        """New entries, each with one pin, evicting others if need be; None, and nothing evicted: no room for all."""
-        if not self._make_room(wanted):
+        """New entries of one salt, each with one pin. Evicts others if need be: of that salt, where it would exceed its
+        quota. None, and nothing evicted: no room for all."""
+        needs: dict[SlotClass, int] = {}
+        for want in wanted:
+            stride = slot_stride(want.part_bytes)
+            for rank in range(want.num_ranks):
+                of = SlotClass(stride, rank)
+                needs[of] = needs.get(of, 0) + 1
+        salt = wanted[0].salt_tag
+        quota = self._quotas.get(salt)
+        excess = 0 if quota is None else self._salt_bytes[salt] + sum(want.num_bytes for want in wanted) - quota
+        if not (self._make_room(needs, salt, excess) and self._slots.prepare(needs)):
             return None
         entries: list[Entry] = []
         for want in wanted:
-            slots = self._take(want)
-            if slots is None:  # Shared memory turned out to be full.
-                for entry in entries:
-                    self.drop(entry)
-                return None
-            entry = Entry(want, slots, state)
-            self._entries[want.id] = entry
-            self._evictor.add(want.id, (want.parent, want.id[1]))
+            entry = Entry(want, self._take(want), state, self._clock())
+            self._admit(entry)
             entries.append(entry)
         return entries
 
@@ -117,29 +175,34 @@ class Index:
         self._evictor.unpin(entry.id)
 
     def withdraw(self, entry: Entry) -> None:
-        """The entry is gone, but someone may still write to its slots: they stay unused until `give_back`.
+        """The entry is gone, but someone may still write to its slots: they stay unused until `reclaim`.
 
-        A writer that has not begun sees by the header (`Arena.holds`) that it must not.
+        A writer that has not begun sees by the header that it must not.
         """
-        del self._entries[entry.id]
-        self._evictor.remove(entry.id)
-        for slot in entry.slots:
-            self._arena.set_state(slot, FREE)
+        self._forget(entry)
         self._withdrawn.update(entry.slots)
 
-    def give_back(self, slots: Iterable[Slot]) -> None:
-        """Nobody writes to these slots of withdrawn entries any more."""
-        for slot in slots:
-            self._withdrawn.remove(slot)
+    def reclaim(self) -> None:
+        """Use withdrawn slots again that nobody writes to any more."""
+        ended = [slot for slot in self._withdrawn if not self._arena.is_written(slot)]
+        self._withdrawn.difference_update(ended)
+        for slot in ended:
             self._slots.give_back(slot)
+
+    @property
+    def has_withdrawn(self) -> bool:
+        """Whether `reclaim` has anything to do."""
+        return bool(self._withdrawn)
 
     def drop(self, entry: Entry) -> None:
         """The entry is gone and nobody writes to its slots."""
-        self.withdraw(entry)
-        self.give_back(entry.slots)
+        self._forget(entry)
+        for slot in entry.slots:
+            self._slots.give_back(slot)
 
     def touch(self, entry: Entry) -> None:
         """The entry was used."""
+        entry.used_at = self._clock()
         self._evictor.touch(entry.id)
 
     def pin(self, entry: Entry) -> None:
@@ -151,100 +214,188 @@ class Index:
         if self._entries.get(entry.id) is entry:
             self._evictor.unpin(entry.id)
 
+    def is_pinned(self, entry: Entry) -> bool:
+        """Whether somebody needs the entry, or it is kept."""
+        return self._evictor.is_pinned(entry.id)
+
+    def select(self, selection: Selection) -> list[Entry]:
+        """The committed entries that are meant, those that came first first."""
+        latest = math.inf if selection.unused_seconds is None else self._clock() - selection.unused_seconds
+        return [
+            entry
+            for entry in self
+            if entry.state is EntryState.COMMITTED
+            and entry.used_at <= latest
+            and (selection.geometry_tags is None or entry.wanted.geometry_tag in selection.geometry_tags)
+            and (selection.salt_tag is None or entry.wanted.salt_tag == selection.salt_tag)
+            and (selection.keys is None or entry.id[0] in selection.keys)
+        ]
+
+    def keep(self, entries: Iterable[Entry], seconds: float) -> list[Entry]:
+        """Do not evict these entries, nor what they follow, for so long from now. Returns those kept: what would exceed
+        a half of the arena is not."""
+        until = self._clock() + seconds
+        most_bytes = self._arena.info.num_bytes // _KEPT_SHARE
+        done: list[Entry] = []
+        for entry in entries:
+            chain = [entry]
+            while (parent := self._entries.get((chain[-1].wanted.parent, entry.id[1]))) is not None:
+                chain.append(parent)
+            added = [link for link in chain if link.id not in self._kept]
+            added_bytes = sum(link.num_bytes for link in added)
+            if self._kept_bytes + added_bytes > most_bytes:
+                continue
+            for link in added:
+                self.pin(link)
+            self._kept_bytes += added_bytes
+            self._kept.update((link.id, until) for link in chain)
+            self.next_release = min(self.next_release, until)
+            done.append(entry)
+        return done
+
+    def release_kept(self, entries: Iterable[Entry] | None = None) -> list[Entry]:
+        """Let these entries be evicted again, or those whose time is up. Returns which."""
+        if entries is None:
+            now = self._clock()
+            entries = [self._entries[kept] for kept, until in self._kept.items() if until <= now]
+        done = [entry for entry in entries if self._kept.pop(entry.id, None) is not None]
+        for entry in done:
+            self._kept_bytes -= entry.num_bytes
+            self.unpin(entry)
+        self.next_release = min(self._kept.values(), default=math.inf)
+        return done
+
+    def tallies(self) -> Mapping[tuple[bytes, bytes], Tally]:
+        """What there is, by the tags of geometry and salt."""
+        return self._tallies
+
     def counts(self) -> dict[str, int]:
         """Gauges for `BlockStore.stats`."""
         states = Counter(entry.state for entry in self)
         return {
             **{f"entries_{state.value}": states[state] for state in EntryState},
             "entries_bytes": sum(entry.num_bytes for entry in self),
-            "evicted_entries": self.num_evicted,
+            "entries_kept": len(self._kept),
+            **self._meter,
             "slots_used": sum(len(entry.slots) for entry in self),
             "slots_withdrawn": len(self._withdrawn),
             **self._slots.counts(),
         }
 
-    def check(self, pins: Counter[EntryId], withdrawn: Iterable[Slot]) -> None:
-        """InvariantError: entries, slots, headers and evictor disagree, or pins and withdrawn slots are not these."""
+    def check(self, pins: Counter[EntryId]) -> None:
+        """InvariantError: entries, slots, headers and evictor disagree, or pins are not these."""
         for entry_id, entry in self._entries.items():
             if entry.id != entry_id:
                 raise InvariantError(f"the entry under {entry_id} says it is {entry.id}")
             self._check_headers(entry)
-        if set(withdrawn) != self._withdrawn:
-            raise InvariantError("slots are withdrawn that no lapsed job accounts for, or the reverse")
         for slot in self._withdrawn:
-            if self._arena.holds(slot):
+            header = self._arena.read_header(slot)
+            if header is None or header.state != FREE or header.generation:
                 raise InvariantError(f"the header of withdrawn {slot} still lets writers begin")
         self._slots.check([slot for entry in self for slot in entry.slots] + list(self._withdrawn))
-        self._evictor.check(pins, ((entry.id, (entry.wanted.parent, entry.id[1])) for entry in self))
+        tallies: dict[tuple[bytes, bytes], Tally] = {}
+        for entry in self:
+            _add(tallies, entry, 1)
+        if tallies != self._tallies or self._kept_bytes != sum(self._entries[kept].num_bytes for kept in self._kept):
+            raise InvariantError("bytes of a geometry, of a salt or of what is kept are miscounted")
+        self._evictor.check(
+            pins + Counter(self._kept.keys()), ((entry.id, (entry.wanted.parent, entry.id[1])) for entry in self)
+        )
 
     def close(self) -> None:
         """Reserve nothing any more."""
         self._slots.close()
 
-    def _make_room(self, wanted: Sequence[Wanted]) -> bool:
-        needs = Counter(
-            SlotClass(slot_stride(want.part_bytes), rank) for want in wanted for rank in range(want.num_ranks)
-        )
+    def _make_room(self, needs: Mapping[SlotClass, int], salt: bytes, excess: int) -> bool:
+        """Short slabs leave more over than the usual ones, but are better than evicting, or than no room at all."""
         room = self._slots.room(needs)
-        if room.enough():
+        if excess <= 0 and (room.enough(tight=False) or room.enough(tight=True)):
             return True
+        for tight in (False, True):
+            if self._choose(room, salt, excess, tight=tight):
+                self._evict()
+                return True
+            self._evictor.spare()
+            room = self._slots.room(needs)
+        self._meter["reserves_over_quota"] += excess > 0
+        return False
 
-        def enough(victim: EntryId) -> bool:
-            room.give(self._entries[victim].slots)
-            return room.enough()
+    def _choose(self, room: Room, salt: bytes, excess: int, *, tight: bool) -> bool:
+        """Choose whom to evict: first bytes of this salt that exceed its quota, then whoever is next."""
+        while excess > 0 or not room.enough(tight=tight):
+            victim = self._evictor.choose(salt if excess > 0 else None)
+            if victim is None:
+                return False
+            entry = self._entries[victim]
+            excess -= entry.num_bytes
+            room.give(entry.slots)
+        return True
 
-        victims = self._evictor.evict(enough)
-        for victim in victims or ():
-            self._free(self._entries.pop(victim))
-        self.num_evicted += len(victims or ())
-        return victims is not None
+    def _evict(self) -> None:
+        for victim in self._evictor.evict():
+            self._meter["evicted_entries"] += 1
+            entry = self._entries[victim]
+            self._remove(entry)
+            for slot in entry.slots:
+                self._slots.give_back(slot)
 
-    def _free(self, entry: Entry) -> None:
+    def _admit(self, entry: Entry) -> None:
+        self._entries[entry.id] = entry
+        self._evictor.add(entry.id, (entry.wanted.parent, entry.id[1]), entry.wanted.salt_tag)
+        self._count(entry, 1)
+
+    def _count(self, entry: Entry, sign: int) -> None:
+        _add(self._tallies, entry, sign)
+        if entry.wanted.salt_tag in self._salt_bytes:
+            self._salt_bytes[entry.wanted.salt_tag] += sign * entry.num_bytes
+
+    def _forget(self, entry: Entry) -> None:
+        self._evictor.remove(entry.id)
+        self._remove(entry)
+
+    def _remove(self, entry: Entry) -> None:
+        del self._entries[entry.id]
+        self._count(entry, -1)
         for slot in entry.slots:
             self._arena.set_state(slot, FREE)
-            self._slots.give_back(slot)
 
-    def _take(self, want: Wanted) -> tuple[Slot, ...] | None:
+    def _take(self, want: Wanted) -> tuple[Slot, ...]:
         slots: list[Slot] = []
         for rank in range(want.num_ranks):
             slot = self._slots.take(want.part_bytes, rank)
-            if slot is None:
-                for taken in slots:
-                    self._arena.set_state(taken, FREE)
-                    self._slots.give_back(taken)
-                return None
-            key, group = want.id
-            self._arena.write_header(
-                slot,
-                SlotHeader(
-                    slot.generation,
-                    RESERVED,
-                    slot.num_bytes,
-                    group,
-                    rank,
-                    want.num_ranks,
-                    _NO_CHECKSUM,
-                    key,
-                    want.parent,
-                ),
-            )
+            assert slot is not None, "slots were prepared"
+            self._arena.write_header(slot, _header_of(want, rank, slot, RESERVED))
             slots.append(slot)
         return tuple(slots)
 
     def _check_headers(self, entry: Entry) -> None:
-        key, group = entry.id
         state = COMMITTED if entry.state is EntryState.COMMITTED else RESERVED
         for rank, slot in enumerate(entry.slots):
-            expected = SlotHeader(
-                slot.generation,
-                state,
-                slot.num_bytes,
-                group,
-                rank,
-                entry.wanted.num_ranks,
-                _NO_CHECKSUM,
-                key,
-                entry.wanted.parent,
-            )
+            expected = _header_of(entry.wanted, rank, slot, state)
             if (header := self._arena.read_header(slot)) != expected:
                 raise InvariantError(f"the header of {slot} is {header}, the index says {expected}")
+
+
+def _header_of(want: Wanted, rank: int, slot: Slot, state: int) -> SlotHeader:
+    key, group = want.id
+    return SlotHeader(
+        slot.generation,
+        state,
+        slot.num_bytes,
+        group,
+        rank,
+        want.num_ranks,
+        _NO_CHECKSUM,
+        key,
+        want.parent,
+        want.geometry_tag,
+        want.salt_tag,
+    )
+
+
+def _add(tallies: dict[tuple[bytes, bytes], Tally], entry: Entry, sign: int) -> None:
+    tags = (entry.wanted.geometry_tag, entry.wanted.salt_tag)
+    known = tallies.get(tags, Tally())
+    tallies[tags] = Tally(known.num_entries + sign, known.num_bytes + sign * entry.num_bytes)
+    if not tallies[tags].num_entries:
+        del tallies[tags]

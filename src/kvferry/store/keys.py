@@ -19,6 +19,8 @@ from kvferry.errors import RequestError
 from kvferry.store.base import PartName
 
 KEY_BYTES = 32
+TAG_BYTES = 8
+NO_TAG = bytes(TAG_BYTES)
 _FORMAT = b"kvferry chunk key, format 1"
 _TOKEN_BYTES = 4
 _PART = struct.Struct("<HH")
@@ -66,6 +68,16 @@ def chunk_keys(parent: bytes, tokens: Sequence[int], chunk_tokens: int, extras: 
 def part_name(key: bytes, group: int, rank: int) -> PartName:
     """The name of one rank's bytes of one group of a chunk, below memory: `KEY_BYTES + 4` bytes."""
     return key + _PART.pack(group, rank)
+
+
+def geometry_tag(root: bytes) -> bytes:
+    """A short name of a geometry, of its root key, for those who list what a store keeps."""
+    return root[:TAG_BYTES]
+
+
+def salt_tag(salt: str | None) -> bytes:
+    """A short name of a cache salt; `NO_TAG` for none."""
+    return NO_TAG if salt is None else sha256(b"kvferry salt" + _optional(salt)).digest()[:TAG_BYTES]
 
 
 class KeyChain:

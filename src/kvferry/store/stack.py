@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from kvferry.blocks import Slot, Tier
@@ -25,10 +25,13 @@ class TierStack:
         for tier in self._tiers:
             tier.max_queued_bytes = max_queued_bytes
 
+    def __bool__(self) -> bool:
+        return bool(self._tiers)
+
     def locate(self, keys: Sequence[bytes], group: int, num_ranks: int) -> list[Tier | None]:
         """The nearest tier that holds this group of each chunk. One question a tier, however many chunks."""
         found: list[Tier | None] = [None] * len(keys)
-        if not (self._tiers and keys):
+        if not keys:
             return found
         names = [part_name(key, group, rank) for key in keys for rank in range(num_ranks)]
         for tier in reversed(self._tiers):
@@ -68,6 +71,19 @@ class TierStack:
                 begin(entry)
                 if not tier.put(name, view_of(slot), partial(ended, entry)):
                     ended(entry, False)
+
+    def touch(self, entries: Iterable[Entry]) -> None:
+        """These entries were used, from memory."""
+        if self._tiers:
+            names = [name for entry in entries for name in _names(entry.id, len(entry.slots))]
+            for tier in self._tiers:
+                tier.touch(names)
+
+    def delete(self, entries: Iterable[Entry]) -> None:
+        """Forget what tiers hold of these entries, at once; it is deleted soon."""
+        names = [name for entry in entries for name in _names(entry.id, len(entry.slots))]
+        for tier in self._tiers:
+            tier.delete(names)
 
     def stats(self) -> Mapping[str, float]:
         return {name: value for tier in self._tiers for name, value in tier.stats().items()}

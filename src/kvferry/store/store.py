@@ -6,11 +6,9 @@ engine, request or tensor.
 A slot that someone may still write to is never used again under them:
 
 ===================================  ======================================================================
-a store's lease lapses               its slots are withdrawn, until every rank said done or the owner's
-                                     end is known (`release`). No grace period: a process stopped in the
-                                     middle of a copy may go on at any later time. A copy not yet begun
-                                     is not begun, as the header lost its generation (`Arena.holds`)
-an owner is released                 at once: the caller vouches that the owner's copies have ended
+a store's lease lapses, its owner    its slots are withdrawn and lose their generation, so that no copy is begun
+is released, or it is cancelled      any more; they are used again once no writer has a lock on them
+                                     (`Arena.begin_writing`), which is at once if none had begun
 a load's wait for a tier ends        the entry stays PROMOTING until the tier's thread has returned
 a load's lease lapses                at once: a reader that comes late sees after its copy, by the
                                      generation, that the bytes may be others, and counts it as failed
@@ -19,10 +17,14 @@ a load's lease lapses                at once: a reader that comes late sees afte
 
 from __future__ import annotations
 
+import itertools
+import logging
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from kvferry.blocks import Geometry, GroupKind, Job, JobKind, Tier
@@ -30,25 +32,31 @@ from kvferry.config import StoreOptions
 from kvferry.errors import ConfigError
 from kvferry.hit import longest_hit, needed_units
 from kvferry.observability.metrics import Meter
-from kvferry.store.arena import ALIGNMENT, Arena
+from kvferry.store.arena import Arena
 from kvferry.store.base import ArenaInfo, Match, PollResult
 from kvferry.store.index import Entry, EntryId, EntryState, Index, Wanted
-from kvferry.store.keys import root_key
+from kvferry.store.keys import geometry_tag, salt_tag
 from kvferry.store.leases import Lease, LeaseTable
-from kvferry.store.slots import choose_slab_bytes, fits
+from kvferry.store.registry import Registry
 from kvferry.store.stack import TierStack
 from kvferry.store.tier import ByteTier
+
+logger = logging.getLogger(__name__)
 
 LEASE_SECONDS: Final = 60.0
 WRITING_SHARE: Final = 4
 """At most one part in this many of the arena waits to be written to a tier: it cannot be evicted meanwhile."""
+_RECLAIM_SECONDS: Final = 0.1
+"""How often it is asked whether withdrawn slots are still being written to."""
 
 
 class Store:
     """A `BlockStore` in this process. Thread-safe.
 
     tiers: below memory, nearest first; the store owns them. lease_seconds: how long a job may take. clock: seconds,
-    monotonic. ArenaError: shared memory cannot be made.
+    monotonic. adopt: for a server, whose arena has a fixed name in its folder and outlives it if it is killed: what the
+    last one had committed is here again. quotas: by cache salt, the most bytes that its entries may have in memory.
+    ArenaError: shared memory cannot be made, or another server has it.
     """
 
     def __init__(
@@ -58,18 +66,26 @@ class Store:
         tiers: Sequence[ByteTier] = (),
         lease_seconds: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        adopt: bool = False,
+        quotas: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._options = options
         self._clock = clock
-        self._arena = Arena.create(int(options.l1_size_gb * 1e9), options.arena_dir)
+        self._arena = Arena.create(int(options.l1_size_gb * 1e9), options.arena_dir, adopt=adopt)
         self._tiers = TierStack(tiers, self._arena.info.num_bytes // WRITING_SHARE)
-        self._index: Index | None = None
-        self._engines: dict[str, dict[int, Geometry]] = {}
-        self._roots: dict[Geometry, bytes] = {}
+        self._index = Index(
+            self._arena,
+            options.eviction_policy,
+            clock=clock,
+            quotas={salt_tag(salt): num_bytes for salt, num_bytes in quotas.items()},
+            adopt=adopt,
+        )
+        if len(self._index):
+            logger.info("%d parts of an earlier server are kept in %s", len(self._index), self._arena.info.path)
+        self._registry = Registry(self._arena)
         self._lease_seconds = lease_seconds
         self._leases = self._no_leases()
-        self._ready: list[int] = []
-        self._failed: list[int] = []
+        self._reclaim_at = 0.0
         self._writing: Counter[EntryId] = Counter()
         self._meter = Meter()
         self._lock = threading.RLock()
@@ -77,35 +93,23 @@ class Store:
         self._closed = False
 
     def register(self, engine: str, rank: int, geometry: Geometry) -> None:
-        """See `BlockStore.register`. The first geometry decides how the arena is cut."""
-        sizes = [group.part_bytes for group in geometry.groups]
-        if not sizes or min(sizes) <= 0 or not 0 <= rank < geometry.num_ranks or geometry.chunk_tokens < 1:
-            raise ConfigError(f"rank {rank} of engine {engine} declares an impossible geometry: {geometry}")
+        """See `BlockStore.register`."""
         with self._lock:
-            ranks = self._engines.get(engine, {})
-            if any(other != geometry for of, other in ranks.items() if of != rank):
-                raise ConfigError(f"ranks of engine {engine} declare different geometries; rank {rank}: {geometry}")
             if self._closed:
                 raise ConfigError(f"engine {engine} registers with a store that is closed")
-            if self._index is None:
-                slab_bytes = choose_slab_bytes(self._arena.info.num_bytes - ALIGNMENT, sizes, geometry.num_ranks)
-                if slab_bytes is not None:
-                    self._arena.cut(slab_bytes)
-                    self._index = Index(self._arena, self._options.eviction_policy)
-            if self._index is None or not fits(self._arena, sizes, geometry.num_ranks):
-                raise ConfigError(
-                    f"a chunk of {geometry.num_ranks} x {sizes} bytes does not fit the arena of "
-                    f"{self._arena.info.num_bytes} bytes: set l1_size_gb higher or chunk_tokens lower"
-                )
-            self._engines.setdefault(engine, {})[rank] = geometry
-            self._roots[geometry] = root_key(geometry)
+            self._registry.register(engine, rank, geometry)
+            self._prune()
+
+    def unregister(self, engine: str) -> None:
+        """The engine is gone; one of the same name may declare another geometry. What it stored stays."""
+        with self._lock:
+            self._registry.unregister(engine)
+            self._prune()
 
     def geometry(self, engine: str) -> Geometry | None:
         """See `BlockStore.geometry`."""
         with self._lock:
-            ranks = self._engines.get(engine, {})
-            geometry = next(iter(ranks.values()), None)
-            return geometry if geometry is not None and len(ranks) == geometry.num_ranks else None
+            return self._registry.geometry(engine)
 
     def arena(self) -> ArenaInfo:
         """See `BlockStore.arena`."""
@@ -120,30 +124,39 @@ class Store:
         """See `BlockStore.match`."""
         with self._lock:
             self._expire()
-            tiers = [self._locate(geometry, keys, group) for group in range(len(geometry.groups))]
+            if self._closed or self._registry.root(geometry) is None:
+                return Match(0)
+            tiers = [self._locate(keys, group, geometry.num_ranks) for group in range(len(geometry.groups))]
             num_chunks = longest_hit(
                 geometry.groups, geometry.chunk_tokens, [[tier is not None for tier in of] for of in tiers]
             )
             farthest = [Tier.MEMORY] * num_chunks
             for group, of in zip(geometry.groups, tiers, strict=True):
+                if of[:num_chunks] == farthest:
+                    continue
                 for chunk in needed_units(group, geometry.chunk_tokens, 0, num_chunks):
                     tier = of[chunk]
                     assert tier is not None, "a hit has all that its groups need"
-                    if tier is not Tier.MEMORY:
-                        farthest[chunk] = max(farthest[chunk], tier)
-            for tier in Tier:
+                    farthest[chunk] = max(farthest[chunk], tier)
+            for tier in set(farthest):
                 self._meter.add(f"matched_chunks_{tier.name.lower()}", farthest.count(tier))
             self._meter.add("unmatched_chunks", len(keys) - num_chunks)
             return Match(num_chunks, tuple(farthest))
 
     def begin_load(
-        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, owner: str = "local"
+        self,
+        geometry: Geometry,
+        keys: Sequence[bytes],
+        first_chunk: int,
+        *,
+        salt: str | None = None,
+        owner: str = "local",
     ) -> Job | None:
         """See `BlockStore.begin_load`."""
         with self._lock:
             self._expire()
-            wanted = self._wanted(geometry, keys, first_chunk)
-            if self._index is None or self._closed or not wanted:
+            wanted = self._wanted(geometry, keys, first_chunk, salt)
+            if self._closed or not wanted:
                 return None
             entries = [self._index.get(want.id) for _, want in wanted]
             missing = [want for (_, want), entry in zip(wanted, entries, strict=True) if entry is None]
@@ -156,6 +169,7 @@ class Store:
             for entry in present:
                 self._index.pin(entry)
                 self._index.touch(entry)
+            self._tiers.touch(present)
             promoted = self._index.reserve(missing, EntryState.PROMOTING) if missing else []
             if promoted is None:
                 for entry in present:
@@ -164,46 +178,41 @@ class Store:
                 return None
             for entry in promoted:
                 self._index.pin(entry)
-                entry.num_awaited = len(entry.slots)
             leased = [(chunk, self._entry(want.id)) for chunk, want in wanted]
             lease = self._leases.open(JobKind.LOAD, leased, owner, self._clock())
             # Deepest first: a backend that evicts by last use then loses children before parents.
             for entry, source in reversed([*zip(promoted, sources, strict=True)]):
                 assert source is not None, "sources were looked for"
-                entry.source = source.tier
-                seconds = self._options.load_deadline_seconds
-                self._tiers.promote(entry, source, self._arena.view, self._arrived, seconds)
+                self._promote(entry, source, self._options.load_deadline_seconds)
             return lease.job
 
     def begin_store(
-        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, owner: str = "local"
+        self,
+        geometry: Geometry,
+        keys: Sequence[bytes],
+        first_chunk: int,
+        *,
+        salt: str | None = None,
+        owner: str = "local",
     ) -> Job | None:
         """See `BlockStore.begin_store`. A full-attention part without its parent is not stored: no hit finds it."""
         with self._lock:
             self._expire()
-            if self._index is None or self._closed:
+            if self._closed:
                 return None
-            by_chunk: dict[int, list[Wanted]] = {}
-            for chunk, want in self._wanted(geometry, keys, first_chunk):
-                by_chunk.setdefault(chunk, []).append(want)
-            kept = [entry for wants in by_chunk.values() for want in wants if (entry := self._index.get(want.id))]
+            wanted = self._wanted(geometry, keys, first_chunk, salt)
+            missing = [(chunk, want) for chunk, want in wanted if self._index.get(want.id) is None]
+            if any(chunk == first_chunk and self._is_orphan(geometry, chunk, want) for chunk, want in missing):
+                self._meter.add("orphaned_stores")
+                return None
+            kept = [entry for _, want in wanted if (entry := self._index.get(want.id))]
             if first_chunk > 0:
                 parents = ((keys[first_chunk - 1], group) for group in range(len(geometry.groups)))
                 kept += [entry for parent in parents if (entry := self._index.get(parent))]
             for entry in kept:
                 self._index.pin(entry)
                 self._index.touch(entry)
-            reserved: list[tuple[int, Entry]] = []
-            for chunk, wants in sorted(by_chunk.items()):
-                missing = [want for want in wants if self._index.get(want.id) is None]
-                if any(self._is_orphan(geometry, chunk, want) for want in missing):
-                    self._meter.add("orphaned_stores")
-                    break
-                entries = self._index.reserve(missing, EntryState.STORING) if missing else []
-                if entries is None:
-                    self._meter.add("stores_without_room")
-                    break
-                reserved += [(chunk, entry) for entry in entries]
+            reserved = self._reserve(missing)
             for entry in kept:
                 self._index.unpin(entry)
             return self._leases.open(JobKind.STORE, reserved, owner, self._clock()).job if reserved else None
@@ -220,76 +229,64 @@ class Store:
             lease.ok &= ok
             if lease.ranks:
                 return
-            was_lapsed = self._leases.is_lapsed(lease)
             self._leases.end(lease)
-            if was_lapsed:
-                self._give_back(lease)
-            elif lease.job.kind is JobKind.LOAD:
+            if lease.job.kind is JobKind.LOAD:
                 self._meter.add("loaded_bytes" if lease.ok else "failed_loads", lease.num_bytes if lease.ok else 1)
                 self._unpin(lease)
             elif lease.ok:
                 self._commit(lease)
             else:
                 self._meter.add("failed_stores")
-                self._drop(lease)
+                for entry in lease.entries:
+                    self._index.drop(entry)
 
     def cancel(self, job_id: int) -> None:
         """See `BlockStore.cancel`. Promotions that are under way go on and are committed."""
         with self._lock:
             lease = self._leases.find(job_id)
-            if lease is None or self._leases.is_lapsed(lease):
+            if lease is None:
                 self._meter.add("unknown_jobs")
             else:
-                was_told = len(lease.ranks) < lease.entries[0].wanted.num_ranks
-                self._take_back(lease, writing=was_told)
+                self._take_back(lease)
 
     def release(self, owner: str) -> None:
-        """Return all that `owner` leased. The caller vouches that the owner's copies have ended, as with its death."""
+        """Return all that `owner` leased, and forget what it was to be told. Its ranks may still be copying."""
         with self._lock:
             for lease in self._leases:
                 if lease.owner == owner:
-                    self._take_back(lease, writing=False)
-            for lease in self._leases.lapsed:
-                if lease.owner == owner:
-                    self._leases.end(lease)
-                    self._give_back(lease)
+                    self._take_back(lease)
+            self._leases.forget(owner)
 
-    def poll(self, timeout_seconds: float = 0.0) -> PollResult:
-        """See `BlockStore.poll`. A load that its tiers have not answered within `load_deadline_seconds` has failed."""
+    def poll(self, timeout_seconds: float = 0.0, *, owner: str = "local") -> PollResult:
+        """See `BlockStore.poll`: of this owner's loads. One that its tiers have not answered within
+        `load_deadline_seconds` has failed."""
         with self._lock:
             self._expire()
-            ready_by = self._leases.next_ready_by()
-            if ready_by is not None and timeout_seconds > 0 and not (self._ready or self._failed):
+            ready_by = self._leases.next_ready_by(owner)
+            if ready_by is not None and timeout_seconds > 0 and not self._leases.has_answers(owner):
                 timeout_seconds = min(timeout_seconds, max(ready_by - self._clock(), 0.0))
-                self._answered.wait_for(lambda: self._ready or self._failed or self._closed, timeout_seconds)
+                self._answered.wait_for(lambda: self._leases.has_answers(owner) or self._closed, timeout_seconds)
                 self._expire()
-            result = PollResult(tuple(self._ready), tuple(self._failed))
-            self._ready.clear()
-            self._failed.clear()
-            return result
+            return self._leases.take_answers(owner)
 
     def stats(self) -> Mapping[str, float]:
         """See `BlockStore.stats`."""
         with self._lock:
             values: dict[str, float] = {**self._meter.snapshot(), "arena_bytes": self._arena.info.num_bytes}
             values["leases"] = len(self._leases)
-            values["leases_lapsed_writing"] = len(self._leases.lapsed)
             values["parts_being_written_through"] = self._writing.total()
-            if self._index is not None:
-                values.update(self._index.counts())
-            return {**values, **self._tiers.stats()}
+            return {**values, **self._registry.counts(), **self._index.counts(), **self._tiers.stats()}
 
     def check(self) -> None:
         """See `BlockStore.check`."""
         with self._lock:
-            if self._index is None:
+            if self._closed:
                 return
             filling = Counter(entry.id for entry in self._index if entry.state is EntryState.PROMOTING)
-            withdrawn = [slot for lease in self._leases.lapsed for slot in lease.slots]
-            self._index.check(self._writing + filling + self._leases.pins(), withdrawn)
+            self._index.check(self._writing + filling + self._leases.pins())
 
-    def close(self) -> None:
-        """See `BlockStore.close`. Copies of this store's arena must have ended."""
+    def close(self, *, keep_arena: bool = False) -> None:
+        """See `BlockStore.close`. Copies of this store's arena must have ended. keep_arena: for the next server."""
         with self._lock:
             if self._closed:
                 return
@@ -297,56 +294,81 @@ class Store:
             self._answered.notify_all()
         self._tiers.close(self._options.close_deadline_seconds)
         with self._lock:
-            if self._index is not None:
-                self._index.close()
-            self._index = None
+            self._index.close()
             self._leases = self._no_leases()
-            self._arena.close()
+            self._reclaim_at = math.inf
+            self._arena.close(keep=keep_arena)
 
-    def _wanted(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> list[tuple[int, Wanted]]:
+    def _prune(self) -> None:
+        self._registry.prune(geometry for geometry, _ in self._index.tallies())
+
+    def _wanted(
+        self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, salt: str | None
+    ) -> list[tuple[int, Wanted]]:
         """What an engine needs after the last of `keys`, by chunk and then group."""
-        if geometry not in self._roots:
+        root = self._registry.root(geometry)
+        if root is None:
             return []
+        tags = geometry_tag(root), salt_tag(salt)
         wanted = []
         for group, spec in enumerate(geometry.groups):
             for chunk in needed_units(spec, geometry.chunk_tokens, first_chunk, len(keys)):
-                parent = keys[chunk - 1] if chunk else self._roots[geometry]
-                wanted.append((chunk, Wanted((keys[chunk], group), parent, spec.part_bytes, geometry.num_ranks)))
+                parent = keys[chunk - 1] if chunk else root
+                wanted.append((chunk, Wanted((keys[chunk], group), parent, spec.part_bytes, geometry.num_ranks, *tags)))
         wanted.sort(key=lambda item: (item[0], item[1].id[1]))
         return wanted
 
     def _entry(self, entry_id: EntryId) -> Entry:
-        entry = self._index.get(entry_id) if self._index is not None else None
+        entry = self._index.get(entry_id)
         assert entry is not None, "what was just reserved or pinned is there"
         return entry
 
-    def _locate(self, geometry: Geometry, keys: Sequence[bytes], group: int) -> list[Tier | None]:
+    def _locate(self, keys: Sequence[bytes], group: int, num_ranks: int) -> list[Tier | None]:
         """The nearest place of this group of each chunk."""
-        index = self._index
-        if index is None or self._closed or geometry not in self._roots:
-            return [None] * len(keys)
-        entries = [index.get((key, group)) for key in keys]
-        tiers = [_tier_of(entry) for entry in entries]
-        absent = [chunk for chunk, entry in enumerate(entries) if entry is None]
-        below = self._tiers.locate([keys[chunk] for chunk in absent], group, geometry.num_ranks)
-        for chunk, tier in zip(absent, below, strict=True):
-            tiers[chunk] = tier
+        entries = self._index.find(keys, group)
+        tiers = [
+            Tier.MEMORY if entry is not None and entry.state is EntryState.COMMITTED else _tier_of(entry)
+            for entry in entries
+        ]
+        if self._tiers:
+            absent = [chunk for chunk, entry in enumerate(entries) if entry is None]
+            below = self._tiers.locate([keys[chunk] for chunk in absent], group, num_ranks)
+            for chunk, tier in zip(absent, below, strict=True):
+                tiers[chunk] = tier
         return tiers
+
+    def _reserve(self, missing: Sequence[tuple[int, Wanted]]) -> list[tuple[int, Entry]]:
+        """Entries to store to: all that are missing, or as many whole chunks from the first as there is room for."""
+        entries = self._index.reserve([want for _, want in missing], EntryState.STORING) if missing else []
+        if entries is not None:
+            return [(chunk, entry) for (chunk, _), entry in zip(missing, entries, strict=True)]
+        self._meter.add("stores_without_room")
+        reserved: list[tuple[int, Entry]] = []
+        for chunk, of_chunk in itertools.groupby(missing, key=lambda item: item[0]):
+            entries = self._index.reserve([want for _, want in of_chunk], EntryState.STORING)
+            if entries is None:
+                break
+            reserved += [(chunk, entry) for entry in entries]
+        return reserved
 
     def _is_orphan(self, geometry: Geometry, chunk: int, want: Wanted) -> bool:
         if chunk == 0 or geometry.groups[want.id[1]].kind is not GroupKind.FULL:
             return False
-        assert self._index is not None
         parent = (want.parent, want.id[1])
         return self._index.get(parent) is None and self._tiers.source(parent, want.num_ranks) is None
 
     def _no_leases(self) -> LeaseTable:
         return LeaseTable(self._arena.info.boot_id, self._lease_seconds, self._options.load_deadline_seconds)
 
+    def _promote(self, entry: Entry, source: ByteTier, seconds: float) -> None:
+        entry.source = source.tier
+        entry.num_awaited = len(entry.slots)
+        self._tiers.promote(entry, source, self._arena.view, self._arrived, seconds)
+
     def _arrived(self, entry: Entry, ok: bool) -> None:
         """A tier has finished with one part of an entry; called in its thread."""
         with self._lock:
-            if self._index is None:  # It answers after closing gave up on it.
+            if self._closed:  # It answers after closing gave up on it.
                 return
             entry.num_awaited -= 1
             entry.failed |= not ok
@@ -366,19 +388,19 @@ class Store:
             for lease in waiting:
                 lease.awaited.discard(entry)
                 if not lease.awaited:
-                    self._ready.append(lease.job.job_id)
+                    self._leases.answer(lease, ok=True)
                     self._answered.notify_all()
 
     def _fail(self, lease: Lease) -> None:
         """A load whose tiers did not deliver is over."""
         self._leases.end(lease)
+        self._leases.answer(lease, ok=False)
         self._unpin(lease)
-        self._failed.append(lease.job.job_id)
         self._meter.add("failed_promotions")
         self._answered.notify_all()
 
     def _expire(self) -> None:
-        """End waits and leases whose time is up."""
+        """End waits, leases and promises to keep whose time is up."""
         now = self._clock()
         for lease in self._leases.overdue(now):
             for entry in lease.awaited:
@@ -391,10 +413,17 @@ class Store:
             if lease.awaited:
                 self._fail(lease)
             else:
-                self._take_back(lease, writing=True)
+                self._take_back(lease)
+        if now >= self._index.next_release:
+            self._index.release_kept()
+        if self._index.has_withdrawn and now >= self._reclaim_at:
+            self._reclaim(now)
+
+    def _reclaim(self, now: float) -> None:
+        self._index.reclaim()
+        self._reclaim_at = now + _RECLAIM_SECONDS
 
     def _commit(self, lease: Lease) -> None:
-        assert self._index is not None
         self._meter.add("stored_bytes", lease.num_bytes)
         for entry in lease.entries:
             self._index.commit(entry)
@@ -402,14 +431,13 @@ class Store:
             self._tiers.write(entry, self._arena.view, self._writing_begins, self._written)
 
     def _writing_begins(self, entry: Entry) -> None:
-        assert self._index is not None, "what is written was reserved"
         self._index.pin(entry)
         self._writing[entry.id] += 1
 
     def _written(self, entry: Entry, ok: bool) -> None:
         """A tier needs one part of an entry no more; called in its thread."""
         with self._lock:
-            if self._index is None:
+            if self._closed:
                 return
             self._index.unpin(entry)
             self._writing[entry.id] -= 1
@@ -417,32 +445,18 @@ class Store:
                 del self._writing[entry.id]
 
     def _unpin(self, lease: Lease) -> None:
-        assert self._index is not None
         for entry in lease.entries:
             self._index.unpin(entry)
 
-    def _take_back(self, lease: Lease, *, writing: bool) -> None:
-        """End a job that will not be done. `writing`: its ranks may still write to its slots, if it is a store."""
-        assert self._index is not None
+    def _take_back(self, lease: Lease) -> None:
+        """End a job that will not be done. Its ranks may still write to its slots, if it is a store."""
+        self._leases.end(lease)
         if lease.job.kind is JobKind.LOAD:
-            self._leases.end(lease)
             self._unpin(lease)
-        elif writing:
-            self._leases.lapse(lease)
-            for entry in lease.entries:
-                self._index.withdraw(entry)
-        else:
-            self._leases.end(lease)
-            self._drop(lease)
-
-    def _drop(self, lease: Lease) -> None:
-        assert self._index is not None
+            return
         for entry in lease.entries:
-            self._index.drop(entry)
-
-    def _give_back(self, lease: Lease) -> None:
-        assert self._index is not None
-        self._index.give_back(lease.slots)
+            self._index.withdraw(entry)
+        self._reclaim(self._clock())
 
 
 def _loadable(entry: Entry) -> bool:
@@ -450,9 +464,7 @@ def _loadable(entry: Entry) -> bool:
 
 
 def _tier_of(entry: Entry | None) -> Tier | None:
-    """Where a resident entry counts as being. What is on its way counts as where it comes from: it may yet fail."""
-    if entry is None:
+    """Where an entry counts as being. What is on its way counts as where it comes from: it may yet fail."""
+    if entry is None or not _loadable(entry):
         return None
-    if entry.state is EntryState.COMMITTED:
-        return Tier.MEMORY
-    return entry.source if _loadable(entry) else None
+    return Tier.MEMORY if entry.state is EntryState.COMMITTED else entry.source

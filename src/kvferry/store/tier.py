@@ -10,12 +10,14 @@ operation of a caller succeeds, and then closes it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from kvferry.blocks import Tier
@@ -54,7 +56,7 @@ class _Breaker:
         self._num_failures = 0
         self._delay_seconds = _FIRST_DELAY_SECONDS
 
-    def failed(self, now: float, reason: object) -> None:
+    def failed(self, now: float, reason: str) -> None:
         self._log.warn(self.what, "%s fails: %s; it stops after %d in a row", self.what, reason, _FAILURES_TO_OPEN)
         self._num_failures += 1
         if self._num_failures >= _FAILURES_TO_OPEN:
@@ -102,6 +104,8 @@ class ByteTier:
         self._forgotten: set[PartName] = set()
         self._gets: deque[_Task] = deque()
         self._puts: deque[_Task] = deque()
+        self._deletes: deque[Sequence[PartName]] = deque()
+        self._num_deletes = 0
         self._queued_bytes = 0
         self._num_putting = 0
         self._most_putting = max(1, num_threads - 1)
@@ -160,6 +164,20 @@ class ByteTier:
         with self._lock:
             self._forgotten.update(names)
 
+    def touch(self, names: Sequence[PartName]) -> None:
+        """See `ByteStore.touch`."""
+        with contextlib.suppress(OSError):
+            self._store.touch(names)
+
+    def delete(self, names: Sequence[PartName]) -> None:
+        """Answer these names as absent, and delete them when a thread has nothing better to do. What is put under one
+        of them meanwhile is lost."""
+        with self._lock:
+            self._forgotten.update(names)
+            self._deletes.append(names)
+            self._num_deletes += 1
+            self._work.notify()
+
     def overdue(self, names: Sequence[PartName]) -> None:
         """A caller gave up waiting for these names: that is a failure to read, and they are forgotten."""
         self.forget(names)
@@ -171,6 +189,7 @@ class ByteTier:
             gauges = {
                 "queued_write_bytes": self._queued_bytes,
                 "queued_reads": len(self._gets),
+                "queued_deletes": self._num_deletes,
                 "reading_off": float(self._reads.is_open),
                 "writing_off": float(self._writes.is_open),
                 "forgotten_parts": len(self._forgotten),
@@ -179,7 +198,7 @@ class ByteTier:
         return {f"{prefix}_{name}": value for name, value in {**self._meter.snapshot(), **gauges}.items()}
 
     def close(self, deadline_seconds: float) -> None:
-        """Finish queued writes within the deadline, give up the rest and the reads, then close the backend."""
+        """Finish queued writes and deletes within the deadline, give up the rest and all reads, close the backend."""
         with self._lock:
             gets, self._gets = self._gets, deque()
             self._closed = True
@@ -201,25 +220,23 @@ class ByteTier:
             with self._lock:
                 self._work.wait_for(self._has_work)
                 if self._gets:
-                    task, get = self._gets.popleft(), True
-                elif self._puts and self._num_putting < self._most_putting:
-                    task, get = self._puts.popleft(), False
+                    work = partial(self._run_get, self._gets.popleft())
+                elif self._may_put():
+                    work = partial(self._run_put, self._puts.popleft())
                     self._num_putting += 1
+                elif self._deletes:
+                    work = partial(self._run_delete, self._deletes.popleft())
                 else:
                     return
-            ok = self._run_get(task) if get else self._run_put(task)
-            try:
-                task.on_done(ok)
-            except Exception:
-                self._logger.exception("a caller's completion failed")
-                self._meter.add("failed_completions")
+            work()
 
     def _has_work(self) -> bool:
-        return bool(self._gets or (self._puts and self._num_putting < self._most_putting)) or (
-            self._closed and not self._puts
-        )
+        return bool(self._gets or self._may_put() or self._deletes) or (self._closed and not self._puts)
 
-    def _run_get(self, task: _Task) -> bool:
+    def _may_put(self) -> bool:
+        return bool(self._puts) and self._num_putting < self._most_putting
+
+    def _run_get(self, task: _Task) -> None:
         ok = False
         if self._clock() >= task.deadline:
             self._failed(self._reads, "no thread was free before the deadline", None)
@@ -236,9 +253,9 @@ class ByteTier:
         else:
             self._meter.add("failed_reads")
             self.forget([task.name])
-        return ok
+        self._complete(task, ok)
 
-    def _run_put(self, task: _Task) -> bool:
+    def _run_put(self, task: _Task) -> None:
         ok = False
         try:
             if not self._writes.is_open:
@@ -255,14 +272,32 @@ class ByteTier:
             self._work.notify_all()
             self._changed.notify_all()
         self._meter.add("written_bytes" if ok else "failed_writes", len(task.view) if ok else 1)
-        return ok
+        self._complete(task, ok)
+
+    def _run_delete(self, names: Sequence[PartName]) -> None:
+        try:
+            self._store.delete(names)
+        except Exception as error:  # noqa: BLE001 a thread's boundary: counted and logged
+            self._failed(self._writes, error, None)
+            self._meter.add("failed_deletes", len(names))
+            names = ()
+        with self._lock:
+            self._forgotten.difference_update(names)
+            self._num_deletes -= 1
+
+    def _complete(self, task: _Task, ok: bool) -> None:
+        try:
+            task.on_done(ok)
+        except Exception:
+            self._logger.exception("a caller's completion failed")
+            self._meter.add("failed_completions")
 
     def _failed(self, breaker: _Breaker, reason: object, task: _Task | None) -> None:
         with self._lock:
             if task is not None:
                 breaker.probe_bytes = len(task.view)
                 breaker.probe_name = _PROBE_NAME if breaker is self._writes else task.name
-            breaker.failed(self._clock(), reason)
+            breaker.failed(self._clock(), str(reason))  # An exception would keep its frames, and so the view.
             self._changed.notify_all()
 
     def _probe(self) -> None:

@@ -37,6 +37,9 @@ class DictByteStore:
         for name in names:
             self.values.pop(name, None)
 
+    def touch(self, names: Sequence[PartName]) -> None:
+        """Nothing is ever given up."""
+
     def close(self) -> None:
         """Values stay, as they would on a disk."""
 
@@ -123,6 +126,14 @@ class ByteStoreSuite:
         assert store.contains([name_of(1)]) == [False]
         assert self.read(store, name_of(1)) is None
         store.put(name_of(1), value_of(name_of(1)))
+        assert self.read(store, name_of(1)) == bytes(value_of(name_of(1)))
+        store.close()
+
+    def test_use_changes_no_value(self) -> None:
+        store = self.make()
+        store.put(name_of(1), value_of(name_of(1)))
+        store.touch([name_of(1), name_of(2)])
+        assert store.contains([name_of(1), name_of(2)]) == [True, False]
         assert self.read(store, name_of(1)) == bytes(value_of(name_of(1)))
         store.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from copy import copy
 
 from kvferry.store.base import ByteStore, PartName
 
@@ -31,14 +32,14 @@ class FaultyByteStore:
         self.num_puts += 1
         self._wait()
         if self.put_error is not None:
-            raise self.put_error
+            raise copy(self.put_error)  # Whoever was raised keeps its frames, and so views of the arena.
         self.inner.put(name, view)
 
     def get_into(self, name: PartName, view: memoryview) -> bool:
         self.num_gets += 1
         self._wait()
         if self.get_error is not None:
-            raise self.get_error
+            raise copy(self.get_error)
         if self.short_reads:
             self.inner.get_into(name, memoryview(bytearray(len(view))))
             view[: len(view) // 2] = bytes(len(view) // 2)
@@ -50,6 +51,9 @@ class FaultyByteStore:
 
     def delete(self, names: Sequence[PartName]) -> None:
         self.inner.delete(names)
+
+    def touch(self, names: Sequence[PartName]) -> None:
+        self.inner.touch(names)
 
     def close(self) -> None:
         self.inner.close()

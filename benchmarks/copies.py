@@ -21,8 +21,8 @@ from kvferry.blocks import Geometry, GroupKind, GroupSpec
 from kvferry.config import StoreOptions
 from kvferry.store.keys import chunk_keys, root_key
 from kvferry.store.store import Store
-from kvferry.transfer.copy import CopyEngine
-from kvferry.transfer.layout import PoolSpec, UnknownLayout, read_layout
+from kvferry.transfer.copy import Copier, CopyEngine
+from kvferry.transfer.layout import PoolSpec, UnknownLayout, read_pool_tensor
 from kvferry.transfer.plan import Direction, PartBlocks
 
 SLOT_BYTES = 65_536
@@ -40,7 +40,7 @@ def measure(num_slots: int, num_rounds: int) -> dict[str, list[float]]:
     """Seconds by what was copied, one a round."""
     # A block of 64 KiB: 2 layers, keys and values, 4 heads x 32 tokens x 32 elements of 4 bytes.
     pool = torch.zeros(num_slots, 2, 2, 4096)
-    layout = read_layout(pool, PoolSpec(num_layers=2, num_heads=4, head_dim=32, tokens_per_block=32, dtype="float32"))
+    layout = read_pool_tensor(pool, PoolSpec(4, head_dim=32, tokens_per_block=32, dtype="float32"), (0, 1))
     assert not isinstance(layout, UnknownLayout)
     assert layout.part_bytes(32) == SLOT_BYTES
     shape = Geometry("benchmark", "", 32, 1, (GroupSpec(GroupKind.FULL, (0, 1), SLOT_BYTES),))
@@ -55,7 +55,8 @@ def measure(num_slots: int, num_rounds: int) -> dict[str, list[float]]:
     order.shuffle(slots)
     blocks = order.sample(range(num_slots), num_slots)
     parts = [PartBlocks(slot.offset, 0, [block]) for slot, block in zip(slots, blocks, strict=True)]
-    engine = CopyEngine(layout, store.mapping.buffer)
+    copier = Copier(layout.device, store.mapping.buffer)
+    engine = CopyEngine(layout, copier, 1)
     source = np.ones(num_slots * SLOT_BYTES, dtype=np.uint8)
     destination = np.zeros_like(source)
     works: dict[str, Callable[[], object]] = {
@@ -69,7 +70,7 @@ def measure(num_slots: int, num_rounds: int) -> dict[str, list[float]]:
     for _ in range(num_rounds):
         for name, work in works.items():
             times[name].append(seconds(work))
-    engine.close()
+    copier.close()
     store.done(job.job_id, 0, True)
     store.close()
     return times

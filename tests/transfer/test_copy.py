@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from kvferry.transfer.copy import CopyEngine, self_test
-from kvferry.transfer.layout import Layout, PoolSpec, read_layout
+from kvferry.transfer.copy import Copier, CopyEngine, mark, self_test
+from kvferry.transfer.layout import Layout, PoolSpec, Region, read_pool_tensor, read_regions
 from kvferry.transfer.plan import Direction, PartBlocks
 
-SPEC = PoolSpec(num_layers=3, num_heads=2, head_dim=16, tokens_per_block=8, dtype="float32")
+SPEC = PoolSpec(num_heads=2, head_dim=16, tokens_per_block=8, dtype="float32")
+LAYERS = (0, 1, 2)
 PAGE = 2 * 16 * 8
 BLOCKS_PER_PART = 4
 NUM_BLOCKS = 24
@@ -37,8 +37,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def layout(device: str) -> Layout:
-    pool = torch.randn(NUM_BLOCKS, SPEC.num_layers + 1, 2, PAGE, device=device)[:, : SPEC.num_layers]
-    layout = read_layout(pool, SPEC)
+    pool = torch.randn(NUM_BLOCKS, len(LAYERS) + 1, 2, PAGE, device=device)[:, : len(LAYERS)]
+    layout = read_pool_tensor(pool, SPEC, LAYERS)
     assert isinstance(layout, Layout)
     return layout
 
@@ -50,9 +50,9 @@ def arena(layout: Layout) -> bytearray:
 
 @pytest.fixture
 def engine(layout: Layout, arena: bytearray) -> Iterator[CopyEngine]:
-    engine = CopyEngine(layout, memoryview(arena))
-    yield engine
-    engine.close()
+    copier = Copier(layout.device, memoryview(arena))
+    yield CopyEngine(layout, copier, BLOCKS_PER_PART)
+    copier.close()
 
 
 def parts_at(layout: Layout, slots: list[int], ids: list[int]) -> list[PartBlocks]:
@@ -64,7 +64,7 @@ def parts_at(layout: Layout, slots: list[int], ids: list[int]) -> list[PartBlock
 
 
 def test_bytes_leave_and_come_back_into_other_blocks(layout: Layout, arena: bytearray, engine: CopyEngine) -> None:
-    pool, before = layout.pool, layout.pool.clone()
+    pool, before = layout.regions[0].pages, layout.regions[0].pages.clone()
     saved, loaded = [3, 9, 4, 5, 0, 1, 2, 23], [8, 7, 22, 6, 10, 11, 12, 13]
     engine.submit(Direction.FROM_POOL, parts_at(layout, [4, 1], saved), None).wait()
     part_bytes = BLOCKS_PER_PART * layout.block_bytes
@@ -79,7 +79,7 @@ def test_bytes_leave_and_come_back_into_other_blocks(layout: Layout, arena: byte
 
 
 def test_a_load_may_begin_inside_a_part(layout: Layout, arena: bytearray, engine: CopyEngine) -> None:
-    pool = layout.pool
+    pool = layout.regions[0].pages
     engine.submit(Direction.FROM_POOL, parts_at(layout, [2], [0, 1, 2, 3]), None).wait()
     offset = 2 * BLOCKS_PER_PART * layout.block_bytes
     engine.submit(Direction.TO_POOL, [PartBlocks(offset, 2, [20])], None).wait()
@@ -87,18 +87,19 @@ def test_a_load_may_begin_inside_a_part(layout: Layout, arena: bytearray, engine
 
 
 def test_copies_of_many_bytes_are_shared_between_threads() -> None:
-    spec = PoolSpec(num_layers=2, num_heads=4, head_dim=64, tokens_per_block=32, dtype="bfloat16")
+    spec = PoolSpec(num_heads=4, head_dim=64, tokens_per_block=32, dtype="bfloat16")
     pool = torch.randn(200, 2, 2, 4 * 64 * 32).bfloat16()
-    layout = read_layout(pool, spec)
+    layout = read_pool_tensor(pool, spec, (0, 1))
     assert isinstance(layout, Layout)
     arena = bytearray(200 * layout.block_bytes)
-    engine = CopyEngine(layout, memoryview(arena))
+    copier = Copier(layout.device, memoryview(arena))
+    engine = CopyEngine(layout, copier, 200)
     ids = torch.randperm(200).tolist()
     before = pool.clone()
     engine.submit(Direction.FROM_POOL, [PartBlocks(0, 0, ids)], None).wait()
     pool.zero_()
     engine.submit(Direction.TO_POOL, [PartBlocks(0, 0, ids)], None).wait()
-    engine.close()
+    copier.close()
     assert torch.equal(pool, before)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvferry-copy")]
 
@@ -112,17 +113,61 @@ def test_nothing_outside_arena_or_pool_is_touched(layout: Layout, engine: CopyEn
 
 
 def test_the_self_test_passes_and_leaves_the_pool_as_it_was(layout: Layout) -> None:
-    before = layout.pool.clone()
+    before = layout.regions[0].pages.clone()
     assert self_test(layout)
-    assert torch.equal(layout.pool, before)
+    assert torch.equal(layout.regions[0].pages, before)
 
 
-def test_the_self_test_notices_wrong_strides() -> None:
+def test_the_self_test_notices_wrong_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the layout had been guessed: the stride of blocks without their gap."""
-    pool = torch.randn(NUM_BLOCKS, SPEC.num_layers + 1, 2, PAGE)
-    right = read_layout(pool[:, : SPEC.num_layers], SPEC)
-    assert isinstance(right, Layout)
-    wrong = dataclasses.replace(right, block_stride_bytes=right.block_bytes)
+    pool = torch.randn(NUM_BLOCKS, len(LAYERS) + 1, 2, PAGE)
+    layout = read_pool_tensor(pool[:, : len(LAYERS)], SPEC, LAYERS)
+    assert isinstance(layout, Layout)
+    monkeypatch.setattr(Region, "stride_bytes", property(lambda region: region.page_bytes))
     before = pool.clone()
-    assert not self_test(wrong)
+    assert not self_test(layout)
     assert torch.equal(pool, before)
+
+
+def split_keys_and_values(device: str) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
+    """Keys and values of a layer in one tensor each, `[2, num_blocks, ...]`, two layers."""
+    tensors = [torch.randn(2, NUM_BLOCKS, 8, 2, 16, device=device) for _ in range(2)]
+    return [(tensor[kind], (layer,)) for layer, tensor in enumerate(tensors) for kind in range(2)]
+
+
+def heads_before_tokens(device: str) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
+    """The same seen as tokens before heads, as an engine's view may be."""
+    tensors = [torch.randn(NUM_BLOCKS, 2, 2, 8, 16, device=device).bfloat16() for _ in range(2)]
+    return [(tensor.transpose(2, 3), (layer,)) for layer, tensor in enumerate(tensors)]
+
+
+def layers_side_by_side(device: str) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
+    """One tensor for all layers, with pages of several sizes."""
+    keys, state = torch.randn(NUM_BLOCKS, 3, 2, PAGE, device=device), torch.randn(NUM_BLOCKS, 77, device=device)
+    return [(keys[:, 0], (0,)), (keys[:, 1:], (1, 2)), (state, (3,))]
+
+
+@pytest.mark.parametrize("make", [split_keys_and_values, heads_before_tokens, layers_side_by_side])
+def test_pools_of_several_regions(
+    make: Callable[[str], list[tuple[torch.Tensor, tuple[int, ...]]]], device: str
+) -> None:
+    views = make(device)
+    layout = read_regions(views, 8, "test")
+    assert isinstance(layout, Layout)
+    assert self_test(layout)
+    before = [pages.clone() for pages, _ in views]
+    arena = bytearray(3 * BLOCKS_PER_PART * layout.block_bytes)
+    copier = Copier(layout.device, memoryview(arena))
+    engine = CopyEngine(layout, copier, BLOCKS_PER_PART)
+    saved, loaded = [3, 9, 4, 5, 0, 1, 2, 23], [8, 7, 22, 6, 10, 11, 12, 13]
+    now = mark(torch.cuda.current_stream()) if device == "cuda" else None
+    engine.submit(Direction.FROM_POOL, parts_at(layout, [2, 0], saved), now).wait()
+    copy = engine.submit(Direction.TO_POOL, parts_at(layout, [2, 0], loaded), now)
+    for layer in range(4):
+        copy.wait_for_layer(layer, torch.cuda.current_stream() if device == "cuda" else None)
+    copy.wait()
+    copier.close()
+    untouched = [block for block in range(NUM_BLOCKS) if block not in loaded]
+    for (pages, _), old in zip(views, before, strict=True):
+        assert torch.equal(pages[loaded], old[saved])
+        assert torch.equal(pages[untouched], old[untouched])

@@ -6,11 +6,19 @@ Names and addressing follow TensorRT-LLM's `kv_cache_layout` module: the bytes o
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+def valid_page_slots(page_indices: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Pairs (place in the list, page) without the places that have none. The place says which tokens the page holds; no
+    page is -1, which as an index would be somebody else's."""
+    return ((place, page) for place, page in enumerate(page_indices) if page >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,12 @@ class KvCacheRegion:
         flat = torch.empty(0, dtype=dtype, device=self.memory.device).set_(elements)
         offset = (self.base - elements.data_ptr()) // dtype.itemsize
         shape = (self.num_slots, self.size // dtype.itemsize)
-        return flat.as_strided(shape, (self.stride // dtype.itemsize, 1), offset)
+        return _as_on_gpu(flat.as_strided(shape, (self.stride // dtype.itemsize, 1), offset))
+
+    def slot_tensor(self, slot_id: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One page of `as_tensor`. IndexError: there is no such page."""
+        self.address_of(slot_id)
+        return self.as_tensor(dtype)[slot_id]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +94,17 @@ class KvCacheLayerGroupLayout:
 
 @dataclass(frozen=True, slots=True)
 class KvCacheLayout:
-    """All of a rank's pools."""
+    """All of a rank's pools. gpu_pool_mapping_bytes: None, as each pool is one allocation."""
 
     tokens_per_block: int
     groups: tuple[KvCacheLayerGroupLayout, ...]
+    gpu_pool_mapping_bytes: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the KV."""
+        dtype: torch.dtype = self.groups[0].regions[0].memory.dtype
+        return dtype
 
     def group(self, layer_group_id: int) -> KvCacheLayerGroupLayout:
         """KeyError: there is no such group."""
@@ -104,8 +124,32 @@ class KvCacheLayout:
         """The pool tensor that `register_kv_caches` takes, or None where one tensor cannot describe the pools."""
         if len(self.groups) != 1 or len(self.groups[0].regions) != 1:
             return None
-        pool: torch.Tensor = self.groups[0].regions[0].memory
-        return pool
+        return _as_on_gpu(self.groups[0].regions[0].memory)
+
+
+def _as_on_gpu(pool: torch.Tensor) -> torch.Tensor:
+    """A view of a pool, whose parts `cpu()` and `to("cpu")` copy also where the pool is on a CPU.
+
+    Connectors are written for GPUs: without this the file of one block would hold the memory of the whole pool, for
+    `torch.save` writes all that a tensor is a view of.
+    """
+    return pool if pool.device.type != "cpu" else pool.as_subclass(_host_pool_class())
+
+
+@cache
+def _host_pool_class() -> type[Any]:
+    import torch
+
+    class HostPool(torch.Tensor):
+        def cpu(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor).clone()
+
+        def to(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            plain = self.as_subclass(torch.Tensor)
+            moved: torch.Tensor = plain.to(*arguments, **options)
+            return moved.clone() if moved is plain else moved
+
+    return HostPool
 
 
 def describe_pools(

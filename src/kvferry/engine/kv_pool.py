@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from kvferry.engine.groups import LayerGroup
 
 _DEFAULT_POOL_BYTES_CPU = 10**9
 _DEFAULT_FREE_MEMORY_FRACTION_CUDA = 0.8
+_MEMORY_INFO = Path("/proc/meminfo")
 KV_FACTOR = 2
 """Keys and values."""
 
@@ -52,8 +54,7 @@ class KvPool:
         self.device = device
         elements = shape.num_heads * tokens_per_block * shape.head_dim
         self.tensors = [
-            torch.zeros(num_blocks, len(group.layers), KV_FACTOR, elements, dtype=shape.dtype, device=device)
-            for group in self.groups
+            _zeros((num_blocks, len(group.layers), KV_FACTOR, elements), shape.dtype, device) for group in self.groups
         ]
         self.group_of_layer = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         self._position = {layer: at for group in self.groups for at, layer in enumerate(group.layers)}
@@ -76,10 +77,26 @@ class KvPool:
         return describe_pools(self.tokens_per_block, pools)
 
 
-def default_max_tokens(shape: KvShape, wanted_tokens: int, device: torch.device) -> int:
-    """Tokens for a pool whose size the user left open: `wanted_tokens`, but at most 1 GB on a CPU and 80 % of the free
-    memory of a GPU."""
-    free_bytes = _DEFAULT_POOL_BYTES_CPU
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a GPU at the beginning of an allocation of their own, for what connectors share with other processes
+    through CUDA IPC is an allocation from its beginning on, whatever address they name."""
+    if device.type != "cuda":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    with torch.cuda.use_mem_pool(torch.cuda.MemPool(), device):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """A GPU's free memory; on a CPU what Linux calls the machine's available memory."""
     if device.type == "cuda":
-        free_bytes = int(torch.cuda.mem_get_info(device)[0] * _DEFAULT_FREE_MEMORY_FRACTION_CUDA)
-    return min(wanted_tokens, free_bytes // shape.block_bytes(1))
+        return int(torch.cuda.mem_get_info(device)[0])
+    fields = dict(line.split(":", 1) for line in _MEMORY_INFO.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def most_pool_bytes(free: int, fraction: float | None, device: torch.device, num_ranks: int) -> int:
+    """What one rank's pool may take of `free` bytes of its device: `fraction` of them, which ranks on a CPU share. By
+    default 80 % of a GPU's, and 1 GB on a CPU."""
+    if device.type == "cuda":
+        return int(free * (fraction or _DEFAULT_FREE_MEMORY_FRACTION_CUDA))
+    return int(free * fraction / num_ranks) if fraction is not None else _DEFAULT_POOL_BYTES_CPU

@@ -24,7 +24,6 @@ from kvferry.offload.mover import Mover
 from kvferry.offload.planner import Planner
 from kvferry.offload.pools import read_group, read_pool
 from kvferry.store.store import Store
-from kvferry.transfer.copy import CopyEngine
 from kvferry.transfer.layout import Layout, UnknownLayout
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
         """A pool in which all layers share block ids and keep every token. Errors as `register_kv_cache_layout`."""
         layers = tuple(range(self._llm_args.num_layers))
-        self._register([(layers, None, read_pool(self._llm_args, kv_cache_tensor, len(layers)))])
+        self._register([(layers, None, read_pool(self._llm_args, kv_cache_tensor, layers))])
 
     def register_kv_cache_layout(self, layout: KvCacheLayout) -> None:
         """ConfigError: the arena is too small for one chunk."""
@@ -170,7 +169,8 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
             raise
         self._mover = Mover(
             self._store,
-            [CopyEngine(layout, self._store.arena.buffer) for layout in layouts],
+            layouts,
+            chunk_tokens,
             self._llm_args.rank,
             frozenset(index for index, group in enumerate(groups) if group.window_tokens is not None),
             ready_seconds=self._options.load_deadline_seconds,
@@ -202,8 +202,9 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
                 self._mover.load_beside(load.job, stream)
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
-        """All layers are awaited before the first: 83 MB take 11 ms on two idle cores, a twentieth of the pass."""
-        self._end_loads()
+        """Whether the loads went well is seen at the end of the pass, which is when the engine can be told."""
+        if self._mover is not None:
+            self._mover.wait_for_layer(layer_idx, stream)
 
     def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
         """Saved at the end of the pass, all layers of a block in one copy."""

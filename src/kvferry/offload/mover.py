@@ -8,6 +8,7 @@ Knows jobs, slots and blocks; never a request, a token or a key.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +18,8 @@ from kvferry.observability.metrics import Meter
 from kvferry.offload.background import Background, Readiness, Task
 from kvferry.offload.metadata import CopyJob
 from kvferry.store.arena import COMMITTED, Arena, Writing
-from kvferry.transfer.copy import Copy, CopyEngine, SideStream
+from kvferry.transfer.copy import Copier, Copy, CopyEngine, mark
+from kvferry.transfer.layout import Layout
 from kvferry.transfer.plan import Direction, PartBlocks
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class ArenaStore(Protocol):
 
 
 class Mover:
-    """One rank's copies. `engines[group]` copies between that group's pool and the arena.
+    """One rank's copies between the arena and its pools, one a group.
 
     passing_groups: those whose blocks the engine takes back while their request runs, so that they are saved within the
     pass. ready_seconds: how long a load waits for lower tiers.
@@ -52,7 +54,8 @@ class Mover:
     def __init__(
         self,
         store: ArenaStore,
-        engines: Sequence[CopyEngine],
+        layouts: Sequence[Layout],
+        chunk_tokens: int,
         rank: int,
         passing_groups: frozenset[int] = frozenset(),
         ready_seconds: float = 2.0,
@@ -60,21 +63,28 @@ class Mover:
         self.meter = Meter()
         self._store = store.store
         self._arena = store.arena
-        self._engines = engines
+        self._copier = Copier(layouts[0].device, self._arena.buffer)
+        self._engines = [CopyEngine(of, self._copier, of.blocks_per_part(chunk_tokens)) for of in layouts]
         self._rank = rank
         self._passing_groups = passing_groups
         self._ready_seconds = ready_seconds
-        self._side = SideStream(engines[0].device)
         self._background = Background(f"kvferry-mover-{rank}")
-        self._groups = frozenset(range(len(engines)))
+        self._groups = frozenset(range(len(layouts)))
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
         self._writing: dict[int, Writing] = {}
 
     # -- within the pass ---------------------------------------------------------------------------------------------
 
     def begin_load(self, job: CopyJob, stream: Any) -> None:
-        """Start copying into the pool; `end_loads` waits for it."""
-        self._loading[job.job_id] = job, self._submit(Direction.TO_POOL, job, self._groups, stream)
+        """Start copying into the pool, after the work that `stream` was given so far."""
+        self._loading[job.job_id] = job, self._submit(Direction.TO_POOL, job, self._groups, mark(stream))
+
+    def wait_for_layer(self, layer: int, stream: Any) -> None:
+        """What `stream` is given from now on comes after this layer's loads, unless they failed."""
+        for _, copies in self._loading.values():
+            for copy in copies or ():
+                with contextlib.suppress(Exception):  # `end_loads` meets it again
+                    copy.wait_for_layer(layer, stream)
 
     def end_loads(self) -> list[int]:
         """Wait for all loads begun; returns the ids of those whose blocks hold garbage."""
@@ -89,8 +99,7 @@ class Mover:
 
     def load_beside(self, job: CopyJob, stream: Any) -> None:
         """Copy into the pool once the slots are filled, after the work that `stream` was given so far."""
-        mark = self._side.mark(stream)
-        task = Task(job.job_id, partial(self._run, Direction.TO_POOL, job, mark))
+        task = Task(job.job_id, partial(self._run, Direction.TO_POOL, job, mark(stream)))
         if job.ready:
             self._background.submit(task)
         else:
@@ -99,13 +108,13 @@ class Mover:
     def save(self, jobs: Sequence[CopyJob], stream: Any) -> None:
         """Copy out of the pool, after the work that `stream` was given so far. What passing groups have is copied when
         this returns; the blocks of the others must stay as they are until `take_ended` reports the job."""
+        written = mark(stream)
         begun = [
-            (job, self._submit(Direction.FROM_POOL, job, self._passing_groups, stream) if self._passing_groups else [])
+            (job, self._submit(Direction.FROM_POOL, job, self._passing_groups, written) if self._passing_groups else [])
             for job in jobs
         ]
-        mark = self._side.mark(stream)
         for job, copies in begun:
-            task = Task(job.job_id, partial(self._run, Direction.FROM_POOL, job, mark))
+            task = Task(job.job_id, partial(self._run, Direction.FROM_POOL, job, written))
             self._background.submit(task, wanted=copies is not None and self._finish(copies))
 
     def cancel(self, job_id: int) -> None:
@@ -120,17 +129,14 @@ class Mover:
         """End loads under way, then what runs beside the passes, then the copying threads."""
         self.end_loads()
         self._background.close()
-        for engine in self._engines:
-            engine.close()
+        self._copier.close()
 
-    def _run(self, direction: Direction, job: CopyJob, mark: Any, wanted: bool) -> bool:
+    def _run(self, direction: Direction, job: CopyJob, after: Any, wanted: bool) -> bool:
         """A task's body, in the background's thread."""
         copies = None
         if wanted:
-            self._side.follow(mark)
             groups = self._groups - self._passing_groups if direction is Direction.FROM_POOL else self._groups
-            copies = self._submit(direction, job, groups, self._side.stream)
-            self._side.finish()
+            copies = self._submit(direction, job, groups, after)
         return self._end(job, copies)
 
     def _readiness(self, job: CopyJob) -> Readiness:
@@ -145,7 +151,7 @@ class Mover:
 
     # -- copies ------------------------------------------------------------------------------------------------------
 
-    def _submit(self, direction: Direction, job: CopyJob, groups: frozenset[int], stream: Any) -> list[Copy] | None:
+    def _submit(self, direction: Direction, job: CopyJob, groups: frozenset[int], after: Any) -> list[Copy] | None:
         """The copies of a job's parts of these groups under way; None: they cannot be made."""
         if not self._may_copy(direction, job):
             return None
@@ -157,7 +163,7 @@ class Mover:
                     for part in job.parts
                     if part.group == group
                 ]
-                copies.append(self._engines[group].submit(direction, parts, stream))
+                copies.append(self._engines[group].submit(direction, parts, after))
         except Exception:  # the job's boundary: whatever went wrong, the job has failed and the pass goes on
             self.meter.add("jobs_failed")
             logger.warning("a copy could not be made; its tokens are computed instead", exc_info=True)

@@ -32,35 +32,47 @@ class PartBlocks:
     block_ids: Sequence[int]
 
 
+Numbers = npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True)
 class Strides:
-    """Addresses and distances in bytes that a plan needs; a block in a part is `num_layers * layer_bytes`."""
+    """Addresses and distances in bytes that a plan needs; one entry a region in each array.
+
+    bases: of block 0's page. stride_bytes: from one block's page to the next's. page_bytes: of a page.
+    blocks_per_part: pages of one region in a part.
+    """
 
     arena_base: int
-    pool_base: int
-    block_stride_bytes: int
-    num_layers: int
-    layer_bytes: int
+    blocks_per_part: int
+    bases: Numbers
+    stride_bytes: Numbers
+    page_bytes: Numbers
 
-
-Rows = npt.NDArray[np.int64]
+    @property
+    def region_offsets(self) -> Numbers:
+        """Where each region's pages begin in a part."""
+        sizes = self.page_bytes * self.blocks_per_part
+        return np.cumsum(sizes) - sizes
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRows:
-    """Blocks one by one: where each begins in the arena, counted from its start, and its id in the pool."""
+    """Blocks one by one: where their part begins in the arena, their place in it, and their id in the pool."""
 
-    offsets: Rows
-    ids: Rows
+    offsets: Numbers
+    places: Numbers
+    ids: Numbers
 
 
-def block_rows(parts: Sequence[PartBlocks], block_bytes: int) -> BlockRows:
+def block_rows(parts: Sequence[PartBlocks]) -> BlockRows:
     """The blocks of all parts, in order."""
     counts = np.fromiter((len(part.block_ids) for part in parts), np.int64, len(parts))
-    starts = np.fromiter((part.offset + part.first_block * block_bytes for part in parts), np.int64, len(parts))
+    starts = np.fromiter((part.offset for part in parts), np.int64, len(parts))
+    firsts = np.fromiter((part.first_block for part in parts), np.int64, len(parts))
     ids = np.fromiter(itertools.chain.from_iterable(part.block_ids for part in parts), np.int64, int(counts.sum()))
     nth_of_part = np.arange(ids.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    return BlockRows(np.repeat(starts, counts) + nth_of_part * block_bytes, ids)
+    return BlockRows(np.repeat(starts, counts), np.repeat(firsts, counts) + nth_of_part, ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,44 +87,62 @@ class Plan:
     def num_bytes(self) -> int:
         return int(self.sizes.sum())
 
+    def joined(self) -> Plan:
+        """The same with runs that are adjacent on both sides made one copy."""
+        if len(self.sources) < 2:
+            return self
+        ends = self.sources[:-1] + self.sizes[:-1], self.destinations[:-1] + self.sizes[:-1]
+        breaks = (self.sources[1:] != ends[0]) | (self.destinations[1:] != ends[1])
+        heads = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+        return Plan(self.sources[heads], self.destinations[heads], np.add.reduceat(self.sizes, heads))
+
+    def only(self, which: npt.NDArray[np.bool_] | slice) -> Plan:
+        """Some of the copies."""
+        return Plan(self.sources[which], self.destinations[which], self.sizes[which])
+
     def split(self, num_shares: int) -> list[Plan]:
         """The same copies as at most `num_shares` plans of about equal bytes, cut inside copies if need be."""
-        ends = np.cumsum(self.sizes)
-        total = int(ends[-1]) if len(ends) else 0
+        total = self.num_bytes
         cuts = np.arange(1, num_shares, dtype=np.uint64) * np.uint64(-(-total // num_shares))
         cuts = cuts[cuts < total]
+        whole = self._cut(cuts)
+        starts = np.cumsum(whole.sizes) - whole.sizes
+        edges = np.concatenate([[0], np.searchsorted(starts, cuts), [len(starts)]])
+        return [whole.only(slice(a, b)) for a, b in itertools.pairwise(edges)]
+
+    def cut_at_edges(self, addresses: Addresses, origin: int, distance: int) -> Plan:
+        """The same copies, none of which crosses `origin + n * distance` on the side whose addresses are given."""
+        starts, sizes = (addresses - np.uint64(origin)).astype(np.int64), self.sizes.astype(np.int64)
+        first_edge = starts // distance + 1
+        num_edges = (starts + sizes - 1) // distance + 1 - first_edge
+        if not num_edges.any():
+            return self
+        crossing = np.repeat(np.arange(len(starts)), num_edges)
+        nth = np.arange(len(crossing)) - np.repeat(np.cumsum(num_edges) - num_edges, num_edges)
+        before = np.cumsum(sizes) - sizes
+        cuts = before[crossing] + (first_edge[crossing] + nth) * distance - starts[crossing]
+        return self._cut(cuts.astype(np.uint64))
+
+    def _cut(self, cuts: Addresses) -> Plan:
+        """`cuts` count bytes from the first copy's start."""
+        ends = np.cumsum(self.sizes)
         bounds = np.unique(np.concatenate([np.zeros(1, np.uint64), ends, cuts]))
         starts, sizes = bounds[:-1], np.diff(bounds)
         copy = np.searchsorted(ends, starts, side="right")
         within = starts - (ends - self.sizes)[copy]
-        whole = Plan(self.sources[copy] + within, self.destinations[copy] + within, sizes)
-        edges = np.concatenate([[0], np.searchsorted(starts, cuts), [len(starts)]])
-        return [
-            Plan(whole.sources[a:b], whole.destinations[a:b], whole.sizes[a:b]) for a, b in itertools.pairwise(edges)
-        ]
+        return Plan(self.sources[copy] + within, self.destinations[copy] + within, sizes)
 
 
-def plan_copies(rows: BlockRows, strides: Strides, direction: Direction, layers: range | None = None) -> Plan:
-    """The copies of these blocks, restricted to consecutive `layers` if given.
+def plan_copies(rows: BlockRows, strides: Strides, direction: Direction, regions: slice = slice(None)) -> Plan:
+    """The copies of these blocks in consecutive `regions`, all of them by default.
 
-    Copies that follow each other on both sides are joined: whole neighbouring blocks across their layers, and
-    neighbouring slots across their blocks.
+    Copies that follow each other on both sides are joined.
     """
-    first_layer, num_layers = (0, strides.num_layers) if layers is None else (layers.start, len(layers))
     assert rows.ids.size == 0 or rows.ids.min() >= 0, "a block that does not exist has no address"
-    skipped = first_layer * strides.layer_bytes
-    arena = (rows.offsets + (strides.arena_base + skipped)).astype(np.uint64)
-    pool = (rows.ids * strides.block_stride_bytes + (strides.pool_base + skipped)).astype(np.uint64)
+    page_bytes = strides.page_bytes[regions, None]
+    in_part = strides.region_offsets[regions, None] + rows.places * page_bytes
+    arena = (rows.offsets + strides.arena_base + in_part).astype(np.uint64)
+    pool = (strides.bases[regions, None] + rows.ids * strides.stride_bytes[regions, None]).astype(np.uint64)
+    sizes = np.broadcast_to(page_bytes, arena.shape).astype(np.uint64)
     sources, destinations = (arena, pool) if direction is Direction.TO_POOL else (pool, arena)
-    return _joined(sources, destinations, num_layers * strides.layer_bytes)
-
-
-def _joined(sources: Addresses, destinations: Addresses, size: int) -> Plan:
-    """Equal-sized copies with runs that are adjacent on both sides made one."""
-    step = np.uint64(size)
-    if len(sources) == 0 or size == 0:
-        return Plan(*(np.zeros(0, np.uint64) for _ in range(3)))
-    breaks = (sources[1:] != sources[:-1] + step) | (destinations[1:] != destinations[:-1] + step)
-    heads = np.concatenate([[0], np.flatnonzero(breaks) + 1])
-    lengths = np.diff(np.concatenate([heads, [len(sources)]])).astype(np.uint64)
-    return Plan(sources[heads], destinations[heads], lengths * step)
+    return Plan(sources.ravel(), destinations.ravel(), sizes.ravel()).joined()

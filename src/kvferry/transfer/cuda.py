@@ -1,0 +1,292 @@
+"""Copies between a CUDA device and an arena, enqueued on streams of their own.
+
+What is registered with the driver is copied by the device's copy engines at the speed of the wire, or, where pages are
+small, by a kernel that reads or writes host memory itself (`kernels`). What is not registered yet goes through two
+pinned buffers. The arena is registered in pieces by a thread, those first that copies ask for, so that a large arena
+delays nobody. Calls the runtime that torch has loaded, through ctypes; every return code is looked at.
+
+Knows addresses and streams; no block, no part and no store.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvferry.observability.log import OnceLog
+from kvferry.transfer import tuning
+from kvferry.transfer.host import move
+from kvferry.transfer.kernels import SmallCopies, Tuning
+from kvferry.transfer.plan import Addresses, Direction, Plan
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES: Final = 64 << 20
+"""Registering takes about 0.04 s a GB, so a piece holds the driver up for 3 ms."""
+_PIECES_AHEAD: Final = 4
+_STAGE_BYTES: Final = 16 << 20
+_BATCH_WITH_FAIL_INDEX: Final = 12_080
+_BATCH_WITHOUT_FAIL_INDEX: Final = 13_000
+_DEVICE, _HOST = 1, 2
+"""cudaMemLocationType."""
+_IN_STREAM_ORDER, _ANY_ORDER = 1, 3
+"""cudaMemcpySrcAccessOrder: slots do not change while they are leased, so the device may read them at any time."""
+_TO_DEVICE, _TO_HOST = 1, 2
+"""cudaMemcpyKind."""
+
+
+class CudaError(RuntimeError):
+    """A call of the CUDA runtime failed."""
+
+
+class _Location(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
+
+
+class _Attributes(ctypes.Structure):
+    _fields_ = (("order", ctypes.c_int), ("source", _Location), ("destination", _Location), ("flags", ctypes.c_uint))
+
+
+class Runtime:
+    """The CUDA runtime of this process. CudaError: it cannot be found, or a call fails."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        found = re.search(r"\S*libcudart\.so\S*", Path("/proc/self/maps").read_text(encoding="utf-8"))
+        if found is None:
+            raise CudaError("torch has loaded no CUDA runtime as a library")
+        self._library = ctypes.CDLL(found.group())
+        self._library.cudaGetErrorName.restype = ctypes.c_char_p
+        version = ctypes.c_int()
+        self.call("cudaRuntimeGetVersion", ctypes.byref(version))
+        self._version = version.value
+        self._device = torch.cuda.current_device() if device.index is None else device.index
+        self._can_batch = self._version >= _BATCH_WITH_FAIL_INDEX
+        self._log = OnceLog(logger)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """CudaError: it did not return success; the runtime's own record of the error is cleared."""
+        code = getattr(self._library, name)(*arguments)
+        if code != 0:
+            self._library.cudaGetLastError()
+            raise CudaError(f"{name}: {self._library.cudaGetErrorName(code).decode()} ({code})")
+
+    def use_device(self) -> None:
+        """Make the device this thread's."""
+        self.call("cudaSetDevice", ctypes.c_int(self._device))
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Pin host memory; pages that do not exist yet are made."""
+        self.call("cudaHostRegister", ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), ctypes.c_uint(0))
+
+    def unregister(self, address: int) -> None:
+        self.call("cudaHostUnregister", ctypes.c_void_p(address))
+
+    def copy(self, plan: Plan, direction: Direction, stream: Any) -> None:
+        """Enqueue copies between the device and pinned memory: in one call where the runtime has one."""
+        if len(plan.sizes) == 0:
+            return
+        if self._can_batch:
+            try:
+                self._copy_batch(plan, direction, stream)
+            except (CudaError, AttributeError) as error:
+                self._can_batch = False
+                self._log.warn("batch", "copies are submitted one by one, which is slower: %s", error)
+            else:
+                return
+        kind = ctypes.c_int(_TO_DEVICE if direction is Direction.TO_POOL else _TO_HOST)
+        on = ctypes.c_void_p(stream.cuda_stream)
+        for source, destination, size in zip(
+            plan.sources.tolist(), plan.destinations.tolist(), plan.sizes.tolist(), strict=True
+        ):
+            to, of, count = ctypes.c_void_p(destination), ctypes.c_void_p(source), ctypes.c_size_t(size)
+            self.call("cudaMemcpyAsync", to, of, count, kind, on)
+
+    def _copy_batch(self, plan: Plan, direction: Direction, stream: Any) -> None:
+        device, host = _Location(_DEVICE, self._device), _Location(_HOST, 0)
+        attributes = (
+            _Attributes(_ANY_ORDER, host, device, 0)
+            if direction is Direction.TO_POOL
+            else _Attributes(_IN_STREAM_ORDER, device, host, 0)
+        )
+        # Named, so that they live until the call returns; by then the runtime has its own copies.
+        arrays = [np.ascontiguousarray(side) for side in (plan.destinations, plan.sources, plan.sizes)]
+        pointers = [ctypes.c_void_p(side.ctypes.data) for side in arrays]
+        first, fail_index = ctypes.c_size_t(0), ctypes.c_size_t(0)
+        count, one = ctypes.c_size_t(len(plan.sizes)), ctypes.c_size_t(1)
+        has_index = self._version < _BATCH_WITHOUT_FAIL_INDEX
+        self.call(
+            "cudaMemcpyBatchAsync",
+            *pointers,
+            count,
+            ctypes.byref(attributes),
+            ctypes.byref(first),
+            one,
+            *([ctypes.byref(fail_index)] if has_index else []),
+            ctypes.c_void_p(stream.cuda_stream),
+        )
+
+
+class PinnedPieces:
+    """Registers `num_bytes` of host memory from `base` on, piece by piece, in a thread."""
+
+    def __init__(self, runtime: Runtime, base: int, num_bytes: int) -> None:
+        self._runtime = runtime
+        self._base = base
+        self._num_bytes = num_bytes
+        num_pieces = -(-num_bytes // PIECE_BYTES)
+        self._pinned: npt.NDArray[np.bool_] = np.zeros(num_pieces, np.bool_)
+        self._refused: npt.NDArray[np.bool_] = np.zeros(num_pieces, np.bool_)
+        self._wanted: list[int] = []
+        self._closed = False
+        self._changed = threading.Condition()
+        self._log = OnceLog(logger)
+        self._thread = threading.Thread(target=self._register_pieces, name="kvferry-pin", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        return len(self._pinned)
+
+    def split(self, addresses: Addresses) -> npt.NDArray[np.bool_]:
+        """Which copies lie in registered pieces, by their addresses on the host's side; asks for the other pieces.
+        No copy may cross from one piece to another."""
+        pieces = ((addresses - np.uint64(self._base)) // np.uint64(PIECE_BYTES)).astype(np.int64)
+        pinned = self._pinned[pieces]
+        if not pinned.all():
+            self.want(np.unique(pieces[~pinned]).tolist())
+        return pinned
+
+    def cut(self, plan: Plan, addresses: Addresses) -> Plan:
+        """The same copies, none of which crosses from one piece to another."""
+        return plan.cut_at_edges(addresses, self._base, PIECE_BYTES)
+
+    def want(self, pieces: list[int]) -> None:
+        """Register these, and some after the last, as arenas fill upwards."""
+        ahead = range(max(pieces) + 1, min(max(pieces) + 1 + _PIECES_AHEAD, len(self._pinned)))
+        with self._changed:
+            self._wanted = [*pieces, *ahead, *self._wanted]
+            self._changed.notify()
+
+    def wait(self, seconds: float) -> bool:
+        """Until nothing is left to register; false: it took longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._wanted, seconds)
+
+    def close(self) -> None:
+        """No copy may be under way."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        for piece in np.flatnonzero(self._pinned).tolist():
+            self._runtime.unregister(self._base + piece * PIECE_BYTES)
+            self._pinned[piece] = False
+
+    def _register_pieces(self) -> None:
+        self._runtime.use_device()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted or self._closed)
+                if self._closed:
+                    return
+                piece = self._wanted[0]
+            if not (self._pinned[piece] or self._refused[piece]):
+                start = piece * PIECE_BYTES
+                try:
+                    self._runtime.register(self._base + start, min(PIECE_BYTES, self._num_bytes - start))
+                    self._pinned[piece] = True
+                except CudaError as error:
+                    self._refused[piece] = True
+                    self._log.warn("register", "memory that cannot be pinned is copied more slowly: %s", error)
+            with self._changed:
+                self._wanted.remove(piece)
+                self._changed.notify_all()
+
+
+class CudaCopier:
+    """Enqueues copies between one device and one arena. Thread-safe. CudaError: the runtime cannot be used.
+
+    streams: what runs on each is in the order in which it was enqueued.
+    """
+
+    def __init__(self, device: torch.device, arena: torch.Tensor) -> None:
+        self.streams = {way: torch.cuda.Stream(device) for way in Direction}  # type: ignore[no-untyped-call]
+        self._runtime = Runtime(device)
+        self._pieces = PinnedPieces(self._runtime, arena.data_ptr(), arena.numel())
+        self._device = device
+        self._kernel = SmallCopies(device)
+        self._tuning = Tuning()
+        self._tuner: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._stages: list[tuple[torch.Tensor, Any]] = []
+
+    def copy(self, plan: Plan, direction: Direction) -> None:
+        """Enqueue on the direction's stream. Returns at once for registered memory; waits for most of the rest."""
+        stream = self.streams[direction]
+        host = plan.sources if direction is Direction.TO_POOL else plan.destinations
+        plan = self._pieces.cut(plan, host)
+        host = plan.sources if direction is Direction.TO_POOL else plan.destinations
+        pinned = self._pieces.split(host)
+        direct, staged = plan.only(pinned), plan.only(~pinned)
+        self._tune_for(direct)
+        if not self._kernel.copy(direct, stream, self._tuning):
+            self._runtime.copy(direct, direction, stream)
+        if len(staged.sizes):
+            with self._lock, torch.cuda.stream(stream):
+                self._copy_staged(staged, direction, stream)
+
+    def close(self) -> None:
+        """Wait for what was enqueued. Calling it again does nothing."""
+        for stream in self.streams.values():
+            stream.synchronize()
+        if self._tuner is not None:
+            self._tuner.join()
+        self._pieces.close()
+        self._stages.clear()
+
+    def pin(self, seconds: float) -> bool:
+        """Register the whole arena now; for benchmarks and tests. False: it took longer."""
+        self._pieces.want(list(range(len(self._pieces))))
+        return self._pieces.wait(seconds)
+
+    def _tune_for(self, plan: Plan) -> None:
+        """Begin to measure, once, when first there are pages that either way might be the better one for."""
+        if self._tuner is None and plan.num_bytes < len(plan.sizes) * tuning.LARGEST_IN_DOUBT_BYTES:
+            self._tuner = threading.Thread(target=self._tune, name="kvferry-tune", daemon=True)
+            self._tuner.start()
+
+    def _tune(self) -> None:
+        try:
+            self._runtime.use_device()
+            self._tuning = tuning.find(self._device, self._kernel, self._runtime.copy)
+        except Exception:  # the thread's boundary: copies go on as they are
+            logger.warning("ways to copy could not be compared; the usual choice stays", exc_info=True)
+
+    def _copy_staged(self, plan: Plan, direction: Direction, stream: Any) -> None:
+        """Through two pinned buffers in turn."""
+        if not self._stages:
+            self._stages = [(torch.empty(_STAGE_BYTES, dtype=torch.uint8, pin_memory=True), _event()) for _ in range(2)]
+        for turn, share in enumerate(plan.split(-(-plan.num_bytes // _STAGE_BYTES))):
+            stage, free = self._stages[turn % 2]
+            free.synchronize()
+            starts = np.cumsum(share.sizes) - share.sizes + np.uint64(stage.data_ptr())
+            if direction is Direction.TO_POOL:
+                move(Plan(share.sources, starts, share.sizes))
+                self._runtime.copy(Plan(starts, share.destinations, share.sizes).joined(), direction, stream)
+            else:
+                self._runtime.copy(Plan(share.sources, starts, share.sizes), direction, stream)
+                stream.synchronize()
+                move(Plan(starts, share.destinations, share.sizes))
+            free.record(stream)
+
+
+def _event() -> Any:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,0 +1,122 @@
+"""Copies of small pages by the device's own processors, which read and write pinned host memory directly.
+
+A copy engine needs about a microsecond a page, so below some page size it falls behind the wire. Where that is, and how
+many programs keep the wire full, differs from device to device: `Tuning` says it, measured once a device and kept in a
+file. Needs Triton; without it, or where it fails, everything goes to the copy engines.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from kvferry.observability.log import OnceLog
+from kvferry.transfer.plan import Plan
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+logger = logging.getLogger(__name__)
+
+WORD_BYTES: Final = 16
+"""What one thread moves at a time; pages that are no multiple of it are left to the copy engines."""
+_WORDS: Final = 1024
+"""Eight bytes each: what a program moves at a time."""
+_NUM_WARPS: Final = 4
+
+if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _move(destinations, sources, sizes, num_copies, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+        copy = tl.program_id(0)
+        while copy < num_copies:
+            destination = tl.multiple_of(tl.load(destinations + copy), 16)
+            source = tl.multiple_of(tl.load(sources + copy), 16)
+            num_words = tl.multiple_of(tl.load(sizes + copy) // 8, 2)
+            to = destination.to(tl.pointer_type(tl.int64))
+            of = source.to(tl.pointer_type(tl.int64))
+            for start in range(0, num_words, WORDS):
+                at = start + tl.arange(0, WORDS)
+                inside = at < num_words
+                tl.store(to + at, tl.load(of + at, mask=inside), mask=inside)
+            copy += tl.num_programs(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """kernel_below_bytes: pages smaller than this, on average, are copied by the kernel. num_programs: that it runs."""
+
+    kernel_below_bytes: int = 48 << 10
+    num_programs: int = 64
+
+
+class SmallCopies:
+    """Enqueues the kernel on one device. Thread-safe."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._works = triton is not None
+        self._log = OnceLog(logger)
+        self._lock = threading.Lock()
+        self._lists: list[_AddressList] = []
+
+    def copy(self, plan: Plan, stream: Any, tuning: Tuning) -> bool:
+        """Whether these copies between the device and pinned memory are the kernel's, and are enqueued."""
+        num_copies = len(plan.sizes)
+        if not (self._works and num_copies and plan.num_bytes < num_copies * tuning.kernel_below_bytes):
+            return False
+        sides = (plan.sources, plan.destinations, plan.sizes)
+        if any(int(np.bitwise_or.reduce(side)) % WORD_BYTES for side in sides):
+            return False
+        try:
+            with self._lock:
+                self._launch(plan, num_copies, stream, tuning.num_programs)
+        except Exception as error:  # noqa: BLE001 - compilers raise whatever they like, and copy engines can do it too
+            self._works = False
+            self._log.warn("kernel", "small pages are copied by the copy engines, which is slower: %r", error)
+            return False
+        return True
+
+    def _launch(self, plan: Plan, num_copies: int, stream: Any, num_programs: int) -> None:
+        addresses = next((each for each in self._lists if each.is_free(num_copies)), None)
+        if addresses is None:
+            addresses = _AddressList(self._device, num_copies)
+            self._lists.append(addresses)
+        with torch.cuda.stream(stream):
+            destinations, sources, sizes = addresses.send(plan)
+            grid = (min(num_programs, num_copies),)
+            _move[grid](destinations, sources, sizes, num_copies, WORDS=_WORDS, num_warps=_NUM_WARPS)
+            addresses.busy_until(stream)
+
+
+class _AddressList:
+    """A plan's arrays on the device, and pinned memory to send them from."""
+
+    def __init__(self, device: torch.device, num_copies: int) -> None:
+        self._capacity = max(1 << 12, 1 << (num_copies - 1).bit_length())
+        self._host = torch.empty(3, self._capacity, dtype=torch.int64, pin_memory=True)
+        self._device = torch.empty(3, self._capacity, dtype=torch.int64, device=device)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def is_free(self, num_copies: int) -> bool:
+        return num_copies <= self._capacity and bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def send(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """On the current stream."""
+        rows = []
+        for row, side in enumerate((plan.destinations, plan.sources, plan.sizes)):
+            self._host[row, : len(side)].numpy()[:] = side.view(np.int64)
+            rows.append(self._device[row, : len(side)].copy_(self._host[row, : len(side)], non_blocking=True))
+        return rows[0], rows[1], rows[2]
+
+    def busy_until(self, stream: Any) -> None:
+        """What `stream` was given so far uses the arrays."""
+        self._event.record(stream)

@@ -1,0 +1,111 @@
+"""Copies on a CUDA device: every byte arrives, whatever else runs there, and by every way that copies can take."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvferry.transfer import tuning
+from kvferry.transfer.copy import Copier, CopyEngine, mark
+from kvferry.transfer.cuda import CudaError, Runtime
+from kvferry.transfer.kernels import SmallCopies
+from kvferry.transfer.layout import Layout, read_regions
+from kvferry.transfer.plan import Direction, PartBlocks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and a CUDA build of torch"),
+]
+
+NUM_BLOCKS, NUM_SLOTS, BLOCKS_PER_PART, NUM_LAYERS = 512, 64, 4, 4
+NUM_COPIES = int(os.environ.get("KVFERRY_TEST_BLOCK_COPIES", "40000"))
+"""A million take half a minute."""
+
+
+@pytest.fixture
+def arena() -> memoryview:
+    memory = mmap.mmap(-1, 96 << 20)  # a piece and a half
+    return memoryview(memory)
+
+
+@pytest.mark.parametrize("page_bytes", [4096, 65_536, 4096 + 8])
+def test_bytes_stay_right_while_the_device_computes(page_bytes: int, arena: memoryview) -> None:
+    """Each round writes new blocks on the main stream behind a sleep of random length, saves them, overwrites them
+    with the load of another slot, and at once computes on what was loaded; a model on the host knows what every block
+    must be."""
+    chooser = random.Random(page_bytes)
+    pools = [torch.zeros(NUM_BLOCKS, page_bytes // 8, dtype=torch.int64, device="cuda") for _ in range(NUM_LAYERS)]
+    layout = read_regions([(pool, (layer,)) for layer, pool in enumerate(pools)], 1, "test")
+    assert isinstance(layout, Layout)
+    part_bytes = BLOCKS_PER_PART * layout.block_bytes
+    num_slots = min(NUM_SLOTS, len(arena) // part_bytes)
+    copier = Copier(torch.device("cuda", 0), arena)
+    engine = CopyEngine(layout, copier, BLOCKS_PER_PART)
+    main = torch.cuda.current_stream()
+    in_slot = [0] * num_slots
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    copied = number = 0
+    while copied < NUM_COPIES:
+        blocks = chooser.sample(range(NUM_BLOCKS), 2 * BLOCKS_PER_PART)
+        to_save, to_load = blocks[:BLOCKS_PER_PART], blocks[BLOCKS_PER_PART:]
+        slot, other = chooser.sample(range(num_slots), 2)
+        number += 1
+        if chooser.random() < 0.3:
+            torch.cuda._sleep(chooser.randrange(1, 2_000_000))
+        for layer, pool in enumerate(pools):
+            pool[to_save] = number * 10 + layer
+        save = engine.submit(Direction.FROM_POOL, [PartBlocks(slot * part_bytes, 0, to_save)], mark(main))
+        load = engine.submit(Direction.TO_POOL, [PartBlocks(other * part_bytes, 0, to_load)], mark(main))
+        for layer, pool in enumerate(pools):
+            load.wait_for_layer(layer, main)
+            expected = in_slot[other] * 10 + layer if in_slot[other] else 0
+            wrong += (pool[to_load] != expected).sum()
+        save.wait()
+        in_slot[slot] = number
+        load.wait()
+        copied += 2 * BLOCKS_PER_PART * NUM_LAYERS
+    copier.close()
+    assert int(wrong) == 0
+
+
+@pytest.mark.parametrize("broken", ["batch", "kernel", "register"])
+def test_a_way_that_fails_is_replaced_by_the_next_and_named_once(
+    broken: str, arena: memoryview, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise CudaError("out of order")
+
+    way = {"batch": (Runtime, "_copy_batch"), "kernel": (SmallCopies, "_launch"), "register": (Runtime, "register")}
+    monkeypatch.setattr(*way[broken], fail)
+    pool = torch.randint(0, 255, (64, 4096 if broken == "kernel" else 1 << 17), dtype=torch.uint8, device="cuda")
+    layout = read_regions([(pool, (0,))], 1, "test")
+    assert isinstance(layout, Layout)
+    copier = Copier(torch.device("cuda", 0), arena)
+    assert copier.cuda is not None
+    assert copier.cuda.pin(30)
+    engine = CopyEngine(layout, copier, 16)
+    now = mark(torch.cuda.current_stream())
+    kept = pool.clone()
+    for _ in range(2):
+        engine.submit(Direction.FROM_POOL, [PartBlocks(0, 0, range(1, 33, 2))], now).wait()
+        engine.submit(Direction.TO_POOL, [PartBlocks(0, 0, range(32, 64, 2))], now).wait()
+    copier.close()
+    assert torch.equal(pool[32:64:2], kept[1:33:2])
+    assert torch.equal(pool[1:32:2], kept[1:32:2])
+    said = [record.message for record in caplog.records if "slow" in record.message]
+    assert len(said) == 1
+
+
+def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
+    device = torch.device("cuda", 0)
+    kernel, runtime = SmallCopies(device), Runtime(device)
+    found = tuning.find(device, kernel, runtime.copy)
+    assert 0 < found.kernel_below_bytes <= tuning.LARGEST_IN_DOUBT_BYTES
+    monkeypatch.setattr(tuning, "_measure", None)
+    assert tuning.find(device, kernel, runtime.copy) == found

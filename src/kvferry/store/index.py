@@ -240,7 +240,7 @@ class Index:
         for entry in entries:
             chain = [entry]
             while (parent := self._entries.get((chain[-1].wanted.parent, entry.id[1]))) is not None:
-                if self._kept.get(parent.id) == until:  # So is what it follows.
+                if parent.state is not EntryState.COMMITTED or self._kept.get(parent.id) == until:
                     break
                 chain.append(parent)
             added = [link for link in chain if link.id not in self._kept]

@@ -14,7 +14,7 @@ import pytest
 
 from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, RequestOutput, SamplingParams
 from kvferry.testing.models import FAMILIES, make_model
-from kvferry.testing.servers import ServerProcess
+from kvferry.testing.servers import PATIENT, ServerProcess
 
 from .engine.conftest import make_prompt
 
@@ -132,7 +132,7 @@ def test_tokens_are_the_same_from_a_cache_server_that_another_engine_filled(
 ) -> None:
     for chunked in (False, True):
         config = KvCacheConnectorConfig(
-            connector="kvferry-server", server_url=server.url, options={"chunk_tokens": CHUNK}
+            connector="kvferry-server", server_url=server.url, options={"chunk_tokens": CHUNK, **PATIENT}
         )
         with make_llm(root / family, chunked=chunked, connector=config, reuse=False) as llm:
             outputs = [llm.generate(prompt, PARAMS) for prompt in PROMPTS]

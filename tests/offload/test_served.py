@@ -151,16 +151,19 @@ def test_a_server_that_is_killed_and_started_again(process: ServerProcess, make_
 
 
 def test_a_server_that_leaves_its_memory_to_the_next(tmp_path: Path, make_engine: MakeEngine) -> None:
-    process = ServerProcess(tmp_path, "--chunk-size", "16", "--l1-size-gb", "0.002", "--keep-arena")
-    engine = make_engine(process.url)
-    assert_saved(engine)
-    process.popen.terminate()
-    assert process.popen.wait(30) == 0
-    process.kill()
-    process.start()
-    wait_until(lambda: is_on(engine))
-    assert_saved(engine)
-    process.kill()
+    with ServerProcess(tmp_path, "--chunk-size", "16", "--l1-size-gb", "0.002") as process:
+        plainly, process.arguments = process.arguments, [*process.arguments, "--keep-arena"]
+        process.kill()
+        process.start()
+        engine = make_engine(process.url)
+        assert_saved(engine)
+        process.popen.terminate()
+        assert process.popen.wait(30) == 0
+        process.kill()
+        process.arguments = plainly
+        process.start()
+        wait_until(lambda: is_on(engine))
+        assert hit(engine) == 96
 
 
 def test_a_server_that_is_stopped_is_not_waited_for(process: ServerProcess, make_engine: MakeEngine) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -276,3 +277,26 @@ def test_a_load_whose_server_ends_fails_within_150_ms(served: Served, make_clien
     assert client.poll(5.0) == PollResult(failed=(123,))
     assert time.monotonic() - start < 0.5
     served.server = StoreServer(None, Endpoint.parse(served.url))
+
+
+def test_jobs_that_are_not_answered_are_not_asked_for_a_third_time(served: Served, make_client: MakeClient) -> None:
+    """Matches that are answered in between change nothing about it."""
+    client = make_client(served.url, **DEFAULTS)
+    client.register("engine", 0, GEOMETRY)
+    wait_until(lambda: has_saved(client))
+    begin_load, num_asked = served.store.begin_load, 0
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        nonlocal num_asked
+        num_asked += 1
+        time.sleep(0.06)
+        return begin_load(*arguments, **named)
+
+    served.store.begin_load = slow  # type: ignore[method-assign]
+    start = time.monotonic()
+    for _ in range(4):
+        if client.match(GEOMETRY, KEYS).num_chunks:
+            assert client.begin_load(GEOMETRY, KEYS, 0) is None
+    assert time.monotonic() - start < 0.5
+    assert num_asked <= 2
+    wait_until(lambda: served.store.stats()["leases"] == 0)

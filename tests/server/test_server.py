@@ -242,6 +242,8 @@ def test_messages_of_no_protocol_are_refused(peer: Peer, frames: tuple[bytes, ..
         Register("engine", 7, GEOMETRY),
         Register("engine", 0, Geometry("weights", "layout", 32, 1, GEOMETRY.groups)),
         Register("engine", 0, Geometry("weights", "layout", 16, 1, ())),
+        Register("engine", 0, Geometry("weights", "layout", 16, 1 << 40, GEOMETRY.groups)),
+        Register("engine", 0, Geometry("weights", "layout", 16, 1, GEOMETRY.groups * 5000)),
         Register("engine", 0, Geometry("weights", "layout", 16, 1, (GroupSpec(GroupKind.FULL, (0,), 1 << 60),))),
     ],
 )

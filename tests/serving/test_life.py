@@ -153,8 +153,8 @@ def test_what_runs_at_the_end_may_finish_and_what_does_not_is_told(llm: LLM, ser
         body = LONG | {"max_tokens": max_tokens, "stream": name == "stream"}
         answers[name] = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=60)
 
-    with serve(llm, grace_seconds=1.0) as server:
-        threads = [threading.Thread(target=ask, args=("short", 50))]
+    with serve(llm, grace_seconds=3.0) as server:
+        threads = [threading.Thread(target=ask, args=("short", 20))]
         threads += [threading.Thread(target=ask, args=(name, 8000)) for name in ("stream", "whole")]
         for number, thread in enumerate(threads, 1):
             thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class Rig:
             if not any(stats[name] for name in names):
                 self.store.check()
                 return
+            threading.Event().wait(0.001)
         raise AssertionError("the tier's threads do not finish")
 
     def in_memory(self, geometry: Geometry, keys: list[bytes]) -> int:
@@ -197,6 +199,20 @@ def test_what_is_kept_outlives_whatever_is_stored_until_its_time_is_up(rig: Rig)
     fill(300)
     assert rig.in_memory(MINE, kept) == 0
     assert rig.store.stats()["entries_kept"] == 0
+
+
+def test_what_is_being_stored_cannot_be_kept(rig: Rig) -> None:
+    keys = keys_of(MINE, 3)
+    rig.save(MINE, keys)
+    rig.store.clear(Selection(keys=frozenset(keys[:1])))
+    job = rig.store.begin_store(MINE, keys[:1], 0)
+    assert job is not None
+    assert rig.store.keep(ALL, 10.0).num_entries == 2
+    rig.store.cancel(job.job_id)
+    rig.store.check()
+    rig.now += 10.0
+    rig.store.poll()
+    rig.store.check()
 
 
 def test_at_most_a_half_is_kept(rig: Rig) -> None:

@@ -231,15 +231,13 @@ def test_what_is_deleted_is_absent_at_once_and_gone_soon(make: Make, backend: Fa
     readings: list[Future[bool]] = [Future() for _ in range(2)]
     for reading in readings:
         tier.get(name_of(2), memoryview(bytearray(PART_BYTES)), reading.set_result, timeout_seconds=10.0)
-    while backend.num_gets < 2:
-        pass
+    wait_for(lambda: backend.num_gets == 2)
     tier.delete([name_of(0), name_of(1)])
     assert tier.contains([name_of(0), name_of(1), name_of(2)]) == [False, False, True]
     assert len(backend.inner.values) == 3, "every thread is busy"
     backend.gate.set()
     assert all(reading.result(10.0) for reading in readings)
-    while tier.stats()["disk_queued_deletes"]:
-        pass
+    wait_for(lambda: not tier.stats()["disk_queued_deletes"])
     assert list(backend.inner.values) == [name_of(2)]
     assert put(tier, 0).result(10.0)
     assert get(tier, 0)
@@ -264,7 +262,6 @@ def test_a_delete_that_fails_is_counted(make: Make, backend: FaultyByteStore, mo
     tier = make()
     assert put(tier, 0).result(10.0)
     tier.delete([name_of(0)])
-    while tier.stats()["disk_queued_deletes"]:
-        pass
+    wait_for(lambda: not tier.stats()["disk_queued_deletes"])
     assert tier.stats()["disk_failed_deletes"] == 1
     assert not tier.contains([name_of(0)])[0], "it is not to be found again"

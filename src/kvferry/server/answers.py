@@ -30,6 +30,8 @@ _CHECK_SHARE: Final = 200
 """At most so often, and at most one part in so many of the time."""
 _MOST_REGISTERED: Final = 256
 """Ranks that one session may register."""
+_MOST_PARTS: Final = 1024
+"""Ranks of an engine, and groups. Whatever a client sends, it is not to keep the server busy for long."""
 
 
 class Answerer:
@@ -204,6 +206,11 @@ class Answerer:
             )
         if len(session.registered) >= _MOST_REGISTERED:
             raise ConfigError(f"one client registers at most {_MOST_REGISTERED} ranks")
+        most_bytes = self._store.arena().num_bytes
+        if max(geometry.num_ranks, len(geometry.groups)) > _MOST_PARTS or any(
+            group.part_bytes > most_bytes for group in geometry.groups
+        ):
+            raise ConfigError(f"a chunk of engine {engine} does not fit the arena of {most_bytes} bytes")
         self._store.register(engine, rank, geometry)
         root = root_key(geometry)
         session.registered[engine, rank] = root

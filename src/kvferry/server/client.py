@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -30,8 +30,9 @@ from kvferry.store.keys import root_key
 
 logger = logging.getLogger(__name__)
 
-_MOST_FAILURES: Final = 3
-"""In a row; then the server is not asked until it answers the thread that looks for it."""
+_MOST_FAILURES: Final[Mapping[type[protocol.Question], int]] = {protocol.AskMatch: 3}
+"""In a row, else 2; then the server is not asked until it answers the thread that looks for it. A request that waits
+longest asks once for a match and twice for a job."""
 _MOST_AWAITED: Final = 1024
 _LINGER_SECONDS: Final = 0.2
 _LOCK_SECONDS: Final = 0.005
@@ -64,7 +65,8 @@ class StoreClient:
             raise
         self._lock = threading.Lock()
         """Of the link for questions. Held while waiting only by who asks, and by the proof while the server is off."""
-        self._num_failures = 0
+        self._failures: Counter[type[protocol.Question]] = Counter()
+        """Questions of a kind that were not answered, in a row."""
         self._root: tuple[Geometry | None, bytes] = (None, b"")
         self._awaited: dict[int, float] = {}
         """Loads that wait for lower tiers, and until when."""
@@ -212,13 +214,14 @@ class StoreClient:
             answer = self._questions.ask(question, timeout_seconds)
         finally:
             self._lock.release()
+        kind = type(question)
         if answer is not None and not isinstance(answer, protocol.Stranger):
-            self._num_failures = 0
+            self._failures[kind] = 0
             return answer
         self.meter.add("client_unanswered")
-        self._num_failures += 1
-        if self._num_failures >= _MOST_FAILURES or answer is not None:
-            self._num_failures = 0
+        self._failures[kind] += 1
+        if self._failures[kind] >= _MOST_FAILURES.get(kind, 2) or answer is not None:
+            self._failures.clear()
             self._attendance.trip(ends=answer is not None)
         return None
 

@@ -232,19 +232,21 @@ class Index:
         ]
 
     def keep(self, entries: Iterable[Entry], seconds: float) -> list[Entry]:
-        """Do not evict these entries, nor what they follow, for so long from now. Returns those kept: what would exceed
-        a half of the arena is not."""
+        """Do not evict these entries, nor what they follow, for so long from now. Returns those kept: the first, up to
+        a half of the arena."""
         until = self._clock() + seconds
         most_bytes = self._arena.info.num_bytes // _KEPT_SHARE
         done: list[Entry] = []
         for entry in entries:
             chain = [entry]
             while (parent := self._entries.get((chain[-1].wanted.parent, entry.id[1]))) is not None:
+                if parent.state is not EntryState.COMMITTED or self._kept.get(parent.id) == until:
+                    break
                 chain.append(parent)
             added = [link for link in chain if link.id not in self._kept]
             added_bytes = sum(link.num_bytes for link in added)
             if self._kept_bytes + added_bytes > most_bytes:
-                continue
+                break
             for link in added:
                 self.pin(link)
             self._kept_bytes += added_bytes
@@ -271,10 +273,10 @@ class Index:
 
     def counts(self) -> dict[str, int]:
         """Gauges for `BlockStore.stats`."""
-        states = Counter(entry.state for entry in self)
+        states = [entry.state for entry in self]
         return {
-            **{f"entries_{state.value}": states[state] for state in EntryState},
-            "entries_bytes": sum(entry.num_bytes for entry in self),
+            **{f"entries_{state.value}": states.count(state) for state in EntryState},
+            "entries_bytes": sum(tally.num_bytes for tally in self._tallies.values()),
             "entries_kept": len(self._kept),
             **self._meter,
             "slots_used": sum(len(entry.slots) for entry in self),

@@ -24,8 +24,9 @@ class ManagedStore(Store):
         none is. It ends short of all where there is no room or a tier fails.
         """
         with self._lock:
-            num_chunks = self.match(geometry, keys).num_chunks
-            wanted = [want for _, want in self._wanted(geometry, keys[:num_chunks], 0, salt)]
+            self._expire()
+            keys = keys[: len(self._farthest(geometry, keys))]
+            wanted = [want for _, want in self._wanted(geometry, keys, 0, salt)]
             entries = [self._index.get(want.id) for want in wanted]
             num_under_way = sum(entry is not None and entry.state is EntryState.PROMOTING for entry in entries)
             for want, entry in zip(wanted, entries, strict=True):

@@ -124,24 +124,11 @@ class Store:
         """See `BlockStore.match`."""
         with self._lock:
             self._expire()
-            if self._closed or self._registry.root(geometry) is None:
-                return Match(0)
-            tiers = [self._locate(keys, group, geometry.num_ranks) for group in range(len(geometry.groups))]
-            num_chunks = longest_hit(
-                geometry.groups, geometry.chunk_tokens, [[tier is not None for tier in of] for of in tiers]
-            )
-            farthest = [Tier.MEMORY] * num_chunks
-            for group, of in zip(geometry.groups, tiers, strict=True):
-                if of[:num_chunks] == farthest:
-                    continue
-                for chunk in needed_units(group, geometry.chunk_tokens, 0, num_chunks):
-                    tier = of[chunk]
-                    assert tier is not None, "a hit has all that its groups need"
-                    farthest[chunk] = max(farthest[chunk], tier)
+            farthest = self._farthest(geometry, keys)
             for tier in set(farthest):
                 self._meter.add(f"matched_chunks_{tier.name.lower()}", farthest.count(tier))
-            self._meter.add("unmatched_chunks", len(keys) - num_chunks)
-            return Match(num_chunks, tuple(farthest))
+            self._meter.add("unmatched_chunks", len(keys) - len(farthest))
+            return Match(len(farthest), tuple(farthest))
 
     def begin_load(
         self,
@@ -322,6 +309,23 @@ class Store:
         entry = self._index.get(entry_id)
         assert entry is not None, "what was just reserved or pinned is there"
         return entry
+
+    def _farthest(self, geometry: Geometry, keys: Sequence[bytes]) -> list[Tier]:
+        """Of each chunk of the longest loadable prefix, the farthest tier that it needs."""
+        if self._closed or self._registry.root(geometry) is None:
+            return []
+        tiers = [self._locate(keys, group, geometry.num_ranks) for group in range(len(geometry.groups))]
+        present = [[tier is not None for tier in of] for of in tiers]
+        num_chunks = longest_hit(geometry.groups, geometry.chunk_tokens, present)
+        farthest = [Tier.MEMORY] * num_chunks
+        for group, of in zip(geometry.groups, tiers, strict=True):
+            if of[:num_chunks] == farthest:
+                continue
+            for chunk in needed_units(group, geometry.chunk_tokens, 0, num_chunks):
+                tier = of[chunk]
+                assert tier is not None, "a hit has all that its groups need"
+                farthest[chunk] = max(farthest[chunk], tier)
+        return farthest
 
     def _locate(self, keys: Sequence[bytes], group: int, num_ranks: int) -> list[Tier | None]:
         """The nearest place of this group of each chunk."""

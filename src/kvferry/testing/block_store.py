@@ -14,7 +14,7 @@ from kvferry.config import StoreOptions
 from kvferry.errors import ConfigError
 from kvferry.store.arena import Arena
 from kvferry.store.base import BlockStore, ByteStore
-from kvferry.store.keys import chunk_keys, root_key
+from kvferry.store.keys import Extras, chunk_keys, root_key
 from kvferry.testing.byte_store import DictByteStore
 
 ENGINE = "engine"
@@ -292,6 +292,22 @@ class BlockStoreSuite:
                 keys = keys_of(geometry, 3, first_token=1000 + prompt)
                 self.save(store, arena, geometry, keys)
                 assert self.load(store, arena, geometry, keys) == 3
+        self.end(store, arena)
+
+    def test_a_salt_is_told_and_changes_nothing_but_keys(self) -> None:
+        geometry = full_geometry()
+        store, arena = self.open(geometry)
+        tokens = range(3 * CHUNK_TOKENS)
+        keys = chunk_keys(root_key(geometry), tokens, CHUNK_TOKENS, Extras(cache_salt="tenant"))
+        job = store.begin_store(geometry, keys, 0, salt="tenant")
+        assert job is not None
+        copy_in(arena, job, keys, 0)
+        store.done(job.job_id, 0, True)
+        job = store.begin_load(geometry, keys, 0, salt="tenant")
+        assert job is not None
+        assert_copied(arena, job, keys)
+        store.done(job.job_id, 0, True)
+        assert store.match(geometry, chunk_keys(root_key(geometry), tokens, CHUNK_TOKENS)).num_chunks == 0
         self.end(store, arena)
 
     def test_ranks_must_agree_and_a_chunk_must_fit(self) -> None:

@@ -159,8 +159,8 @@ def _shapes_of(module: Any) -> list[StateShape]:
         module(weight.new_zeros(1, 1, weight.shape[1]), **{_CACHE_ARGUMENTS[name]: cache})
     except (AttributeError, TypeError) as error:
         raise RequestError(
-            f"{name} of transformers {transformers.__version__} keeps its state in another way than the embedded engine "
-            f"knows: {error}"
+            f"{name} of transformers {transformers.__version__} keeps its state in a way that the embedded engine does "
+            f"not know: {error}"
         ) from error
     states = sorted(cache.states.items())
     return [StateShape(module.layer_idx, role, tuple(of.shape[1:]), of.dtype) for role, of in states]

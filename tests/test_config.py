@@ -172,9 +172,32 @@ enable_chunked_prefill: false
     }
 
 
+def test_options_of_tensorrt_llm_that_change_nothing_are_checked_and_left_out(tmp_path: Path) -> None:
+    text = """
+backend: pytorch
+cuda_graph_config: null
+disable_overlap_scheduler: true
+pipeline_parallel_size: 1
+max_seq_len: 2048
+kv_cache_config:
+  enable_partial_reuse: false
+  free_gpu_memory_fraction: 0.8
+  max_attention_window: [1024, 4096]
+"""
+    assert read_engine_yaml(write(tmp_path / "engine.yaml", text)) == {
+        "max_seq_len": 2048,
+        "kv_cache_config": KvCacheConfig(free_gpu_memory_fraction=0.8, max_attention_window=(1024, 4096)),
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("backend: tensorrt", ["'backend'", "pytorch"]),
+        ("cuda_graph_config: true", ["'cuda_graph_config'"]),
+        ("kv_cache_config: {enable_partial_reuse: 1}", ["under kv_cache_config", "'enable_partial_reuse'"]),
+        ("kv_cache_config: {free_gpu_memory_fraction: 1.5}", ["'free_gpu_memory_fraction'", "<= 1"]),
+        ("moe_config: {}", ["'moe_config'", "known: kv_cache_config, ", "backend"]),
         ("max_batchsize: 1", ["'max_batchsize'", "'max_batch_size'"]),
         ("kv_cache_config: {token_per_block: 1}", ["under kv_cache_config", "'tokens_per_block'"]),
         ("kv_cache_config: {tokens_per_block: 0}", ["under kv_cache_config", ">= 1"]),

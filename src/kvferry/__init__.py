@@ -40,7 +40,7 @@ _HOMES = {
     "StoreOptions": "kvferry.config",
 }
 
-_ENGINE_PACKAGES = ("accelerate", "gguf", "safetensors", "torch", "transformers")
+_ENGINE_PACKAGES = ("accelerate", "gguf", "jinja2", "safetensors", "torch", "transformers")
 
 
 def __getattr__(name: str) -> object:

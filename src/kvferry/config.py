@@ -67,7 +67,16 @@ class KvCacheConfig:
     """The embedded engine's pool. ConfigError: a value of another type or out of range."""
 
     tokens_per_block: int = option(32, "tokens per block", ge=1)
-    max_tokens: int | None = option(None, "tokens that the pool holds; default what model and batch need", ge=1)
+    max_tokens: int | None = option(None, "most tokens that the pool holds; default what model and batch need", ge=1)
+    free_gpu_memory_fraction: float | None = option(
+        None,
+        "most that the pool takes of a GPU's free or the machine's available memory; default 0.8 or 1 GB",
+        gt=0,
+        le=1,
+    )
+    max_attention_window: tuple[int, ...] | None = option(
+        None, "attention windows of the layers in turn, which must be the model's own; default those"
+    )
     enable_block_reuse: bool = option(True, "whether requests share the pool's blocks of a common prefix")
     state_interval_tokens: int = option(
         256,
@@ -124,6 +133,9 @@ class EngineOptions:
     kv_connector_config: KvCacheConnectorConfig | None = option(None, "the connector; default none")
     tensor_parallel_size: int = option(1, "ranks that share the model's heads, one process and GPU each", ge=1)
     rank_timeout_seconds: float = option(10.0, "a rank that shows no life for so long ends the engine", gt=0)
+    max_seq_len: int | None = option(
+        None, "most tokens of a prompt and its output; at most the model's, its default", ge=1
+    )
     max_batch_size: int = option(8, "most requests that run at once", ge=1)
     max_num_tokens: int = option(8192, "most tokens of one forward pass", ge=1)
     enable_chunked_prefill: bool = option(True, "whether a prompt may be spread over several forward passes")
@@ -132,6 +144,30 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         _normalize_fields(self)
+
+
+@dataclass(frozen=True, slots=True)
+class IgnoredKvCacheOptions:
+    """Options of TensorRT-LLM's KvCacheConfig that change nothing here: accepted beside ours, checked, and dropped."""
+
+    enable_partial_reuse: bool = option(True, "blocks are shared whole or not at all")
+    copy_on_partial_reuse: bool = option(True, "likewise")
+    use_kv_cache_manager_v2: bool | Literal["auto"] = option("auto", "there is one manager, with layer groups")
+    host_cache_size: int | None = option(None, "the engine has no tier of its own: that is the connector's", ge=0, le=0)
+
+
+@dataclass(frozen=True, slots=True)
+class IgnoredEngineOptions:
+    """Options of TensorRT-LLM's LLM that change nothing here: accepted beside ours, checked, and dropped."""
+
+    backend: Literal["pytorch"] = option("pytorch", "there is one backend")
+    cuda_graph_config: Mapping[str, Any] | None = option(None, "passes are not captured")
+    disable_overlap_scheduler: bool = option(False, "a pass is scheduled when the one before has ended")
+    trust_remote_code: bool = option(False, "models are transformers' own")
+    pipeline_parallel_size: int = option(1, "every rank has all layers", ge=1, le=1)
+
+
+_IGNORED: Mapping[Any, Any] = {KvCacheConfig: IgnoredKvCacheOptions, EngineOptions: IgnoredEngineOptions}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +200,11 @@ def explain_options(
     described = {item.name: item.metadata["description"] for item in fields(StoreOptions)}
     path = environ.get(CONFIG_FILE_VARIABLE)
     if path:
-        from_file = _convert_all(StoreOptions, _read_yaml(Path(path).expanduser()), f"in {path}")
+        from_file = accept_options(StoreOptions, _read_yaml(Path(path).expanduser()), f"in {path}")
         chosen |= {name: (value, path) for name, value in from_file.items()}
     for name, (variable, text) in _environment(environ).items():
         chosen[name] = (_convert(StoreOptions, name, text, f"from {variable}", strict=False), variable)
-    given = _convert_all(StoreOptions, arguments or {}, "given as argument")
+    given = accept_options(StoreOptions, arguments or {}, "given as argument")
     chosen |= {name: (value, "argument") for name, value in given.items()}
     return [Setting(name, value, source, described[name]) for name, (value, source) in chosen.items()]
 
@@ -178,7 +214,23 @@ def read_engine_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     ConfigError: as `load_options`.
     """
-    return _convert_all(EngineOptions, _read_yaml(Path(path).expanduser()), f"in {path}")
+    return accept_options(EngineOptions, _read_yaml(Path(path).expanduser()), f"in {path}")
+
+
+def accept_options(cls: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The options of class `cls` among `values`, converted. Those that TensorRT-LLM has and that change nothing here
+    are checked and left out. ConfigError: an unknown name or a wrong value; `where` says in the message where it is."""
+    ignored = _IGNORED.get(cls)
+    without_effect = _hints(ignored) if ignored is not None else {}
+    _refuse_unknown(values, [*_hints(cls), *without_effect], where)
+    for name in values.keys() & without_effect.keys():
+        _convert(ignored, name, values[name], where)
+    return {name: _convert(cls, name, value, where) for name, value in values.items() if name in _hints(cls)}
+
+
+def has_variable(name: str) -> bool:
+    """Whether the environment sets a variable, which somebody else reads, to something."""
+    return bool(os.environ.get(name))
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
@@ -213,8 +265,8 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> N
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
-            raise ConfigError(f"unknown option {name!r} {where}; {hint}")
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            raise ConfigError(f"unknown option {name!r} {where}; {hint}known: {', '.join(known)}")
 
 
 def _normalize_fields(options: Any) -> None:
@@ -224,18 +276,15 @@ def _normalize_fields(options: Any) -> None:
         object.__setattr__(options, item.name, value)
 
 
-def _convert_all(cls: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    _refuse_unknown(values, _hints(cls), where)
-    return {name: _convert(cls, name, value, where) for name, value in values.items()}
-
-
 def _convert(cls: Any, name: str, value: Any, where: str, *, strict: bool = True) -> Any:
     """`value` in the type of the field `name`; texts of the environment are parsed with strict=False."""
     hint = _hints(cls)[name]
     nested = _option_class(hint)
+    if nested is not None and isinstance(value, nested):
+        return value
     if nested is not None and isinstance(value, Mapping):
         below = f"{where}, under {name}"
-        converted_below = _convert_all(nested, value, below)
+        converted_below = accept_options(nested, value, below)
         try:
             return nested(**converted_below)
         except ConfigError as error:

@@ -63,7 +63,7 @@ def test_chat_puts_the_prompt_into_the_template(tiny_model: Path, capsys: pytest
     [
         (["--max-tokens", "0"], "max_tokens"),
         (["--temperature", "-1"], "temperature"),
-        (["--connector", "kvfery"], "known: kvferry, persistent"),
+        (["--connector", "kvfery"], "known: kvbm, kvferry"),
         (["--config", "/no/such/engine.yaml"], "/no/such/engine.yaml"),
         (["--dtype", "int3"], "int3"),
         (["--device", "quantum"], "quantum"),

@@ -89,7 +89,13 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "argv"), [("rich", ["demo"]), ("torch", ["generate", "m", "-p", "x"]), ("transformers", ["demo"])]
+    ("package", "argv"),
+    [
+        ("rich", ["demo"]),
+        ("torch", ["generate", "m", "-p", "x"]),
+        ("transformers", ["demo"]),
+        ("fastapi", ["serve", "m"]),
+    ],
 )
 def test_a_missing_extra_is_one_line_that_says_what_to_install(package: str, argv: list[str], tmp_path: Path) -> None:
     code = f"""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvferry.config import KvCacheConnectorConfig
-from kvferry.connector import Preset, presets, register_preset, resolve
+from kvferry.connector import KvCacheConnectorWorker, Preset, presets, register_preset, resolve
 from kvferry.errors import ConfigError, ConnectorError, ConnectorImportError, UnknownPresetError
 
 
@@ -29,15 +29,59 @@ def explicit(module: str, scheduler: str = "S", worker: str = "W") -> KvCacheCon
     )
 
 
-@pytest.mark.parametrize("name", sorted(presets()))
+OF_OTHERS = {"kvbm", "lmcache", "lmcache-mp"}
+
+
+@pytest.mark.parametrize("name", sorted(presets().keys() - OF_OTHERS))
 def test_every_preset_resolves_to_its_classes(name: str) -> None:
     classes = resolve(KvCacheConnectorConfig(connector=name))
     assert classes.scheduler.__name__ == presets()[name].scheduler_class
     assert classes.worker.__name__ == presets()[name].worker_class
 
 
+@pytest.mark.parametrize("name", sorted(OF_OTHERS))
+def test_a_preset_of_others_that_is_not_installed_says_what_to_install(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = presets()[name].package
+    assert package is not None
+    monkeypatch.setitem(sys.modules, package, None)  # also where it is installed
+    with pytest.raises(ConnectorImportError, match=f"^{package} is not installed: pip install {package}$"):
+        resolve(KvCacheConnectorConfig(connector=name, server_url="tcp://x:1" if name == "lmcache-mp" else None))
+
+
+@pytest.mark.parametrize("name", ["kvferry", "persistent", "lmcache", "kvbm"])
+def test_a_preset_without_a_server_refuses_a_url(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' talks to no server: server_url is not for it"):
+        resolve(KvCacheConnectorConfig(connector=name, server_url="tcp://localhost:5555"))
+
+
+def test_a_preset_with_a_server_needs_its_url_or_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lmcache", None)
+    config = KvCacheConnectorConfig(connector="lmcache-mp")
+    monkeypatch.delenv("LMCACHE_SERVER_URL", raising=False)
+    with pytest.raises(ConfigError, match="'lmcache-mp' needs server_url or the environment variable LMCACHE_SERVER_U"):
+        resolve(config)
+    monkeypatch.setenv("LMCACHE_SERVER_URL", "tcp://localhost:5555")
+    with pytest.raises(ConnectorImportError, match="pip install lmcache"):
+        resolve(config)
+
+
+def test_a_connector_written_for_tensorrt_llm_finds_its_names(importable: Path) -> None:
+    (importable / "trt_connector.py").write_text(
+        """
+from tensorrt_llm._torch.pyexecutor.kv_cache_connector import KvCacheConnectorScheduler as S
+from tensorrt_llm._torch.pyexecutor.connectors.kv_cache_connector import KvCacheConnectorWorker as W
+"""
+    )
+    classes = resolve(explicit("trt_connector"))
+    assert classes.worker is KvCacheConnectorWorker
+
+
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(UnknownPresetError, match=r"'kvfery'; known: kvferry, persistent") as caught:
+    with pytest.raises(
+        UnknownPresetError, match=r"'kvfery'; known: kvbm, kvferry, lmcache, lmcache-mp, persist"
+    ) as caught:
         resolve(KvCacheConnectorConfig(connector="kvfery"))
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, ConnectorError)

@@ -12,7 +12,7 @@ from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, SamplingParams
 from kvferry.connector.api import NO_BLOCK, SchedulerOutput
 from kvferry.engine.outputs import FinishReason
 from kvferry.errors import ConnectorError
-from kvferry.testing.connectors import SHELVES, Shelf, ShelfScheduler, shelf_config
+from kvferry.testing.shelf import SHELVES, Shelf, ShelfScheduler, shelf_config
 
 from .conftest import make_prompt
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, SamplingParams
+from kvferry.engine.handle import follow
+from kvferry.engine.kv_pool import free_bytes, most_pool_bytes
 from kvferry.engine.outputs import FinishReason, RequestOutput
 from kvferry.errors import EngineDeadError, RequestError, UnknownPresetError
 from kvferry.testing.models import VOCAB_SIZE, make_model
@@ -63,6 +65,8 @@ def test_bad_request_is_refused_by_the_limit_it_breaks(llm: LLM, prompt: Any, pa
         ({"seed": -1}, "seed"),
         ({"stop": ""}, "stop must be non-empty strings"),
         ({"stop": ["a", 3]}, "stop"),
+        ({"cache_salt": ""}, "cache_salt must be a non-empty string"),
+        ({"cache_salt": "a\ud800"}, "cache_salt must be Unicode text"),
     ],
 )
 def test_bad_sampling_value_is_named(values: dict[str, Any], message: str) -> None:
@@ -173,6 +177,41 @@ def test_abort_ends_a_request_and_spares_others(llm: LLM) -> None:
     doomed.abort()
 
 
+def test_a_reader_whose_event_loop_is_gone_harms_nobody(llm: LLM) -> None:
+    handle = llm.generate_async([5, 6], SamplingParams(max_tokens=100, ignore_eos=True))
+    loop, outputs = asyncio.new_event_loop(), aiter(handle)
+    loop.run_until_complete(anext(outputs))
+    loop.close()
+    assert len(handle.result(timeout=60).token_ids) == 100
+    assert llm.failure is None
+
+
+def test_several_requests_are_followed_at_once(llm: LLM) -> None:
+    prompts = [[5, 6], [7], [8, 9, 10]]
+    expected = [llm.generate(prompt, SamplingParams(max_tokens=4 + len(prompt))) for prompt in prompts]
+
+    async def follow_all() -> list[list[RequestOutput]]:
+        handles = [llm.generate_async(prompt, SamplingParams(max_tokens=4 + len(prompt))) for prompt in prompts]
+        seen: list[list[RequestOutput]] = [[] for _ in handles]
+        async for index, output in follow(handles):
+            seen[index].append(output)
+        return seen
+
+    for outputs, output in zip(asyncio.run(follow_all()), expected, strict=True):
+        assert outputs[-1].token_ids == output.token_ids
+        assert outputs[-1].finished
+        assert all(len(earlier.token_ids) < len(later.token_ids) for earlier, later in pairwise(outputs))
+
+
+@pytest.mark.parametrize("num_prompt", [1, 200, 255])
+def test_the_largest_max_tokens_fits_and_one_more_does_not(llm: LLM, num_prompt: int) -> None:
+    most = llm.max_new_tokens(num_prompt)
+    prompt = make_prompt(num_prompt)
+    assert llm.generate(prompt, SamplingParams(max_tokens=most)).finished
+    with pytest.raises(RequestError, match="exceed the pool's limit"):
+        llm.generate(prompt, SamplingParams(max_tokens=most + 1))
+
+
 def test_shutdown_aborts_what_runs_and_refuses_more(llama: str) -> None:
     llm = LLM(llama, kv_cache_config=KvCacheConfig(max_tokens=2048))
     handle = llm.generate_async([5], SamplingParams(max_tokens=1500, ignore_eos=True))
@@ -201,3 +240,80 @@ def test_a_seed_repeats_its_draw_in_any_batch(llm: LLM) -> None:
     others = SamplingParams(max_tokens=12, temperature=2.0, ignore_eos=True)
     assert llm.generate([[9, 9], [5, 6], [8]], [others, params, others])[1].token_ids == alone
     assert llm.generate([5, 6], SamplingParams(max_tokens=12, ignore_eos=True)).token_ids != alone
+
+
+def test_the_sequence_limit_bounds_requests_and_the_default_pool(llama: str) -> None:
+    with LLM(Path(llama), kv_cache_config=KvCacheConfig(tokens_per_block=8), max_seq_len=64, max_batch_size=2) as llm:
+        assert llm._pool.num_blocks * 8 == 2 * 64
+        assert len(llm.generate(make_prompt(60), SamplingParams(max_tokens=4, ignore_eos=True)).token_ids) == 4
+        with pytest.raises(RequestError, match="exceed max_seq_len, the limit of 64 tokens"):
+            llm.generate(make_prompt(60), SamplingParams(max_tokens=5))
+    with LLM(llama, kv_cache_config=KvCacheConfig(max_tokens=256), max_seq_len=1 << 20) as llm:
+        assert llm._max_positions == 4096, "the model's own limit stands"
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "fraction", "num_blocks"),
+    [
+        (None, None, 8 * 4096 // 8),
+        (None, 0.25, 125),
+        (None, 1.0, 500),
+        (400, 0.25, 50),
+        (4000, 0.25, 125),
+        (4000, None, 500),
+    ],
+)
+def test_a_share_of_the_memory_bounds_the_pool(
+    max_tokens: int | None,
+    fraction: float | None,
+    num_blocks: int,
+    llama: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    token_bytes = 3 * 2 * 2 * 8 * 4  # three layers, keys and values, two heads of eight float32
+    (tmp_path / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {4000 * token_bytes // 1024} kB\n")
+    monkeypatch.setattr("kvferry.engine.kv_pool._MEMORY_INFO", tmp_path / "meminfo")
+    cache = KvCacheConfig(tokens_per_block=8, max_tokens=max_tokens, free_gpu_memory_fraction=fraction)
+    with LLM(llama, kv_cache_config=cache) as llm:
+        assert llm._pool.num_blocks == num_blocks
+
+
+def test_ranks_on_a_cpu_share_its_memory() -> None:
+    cpu = torch.device("cpu")
+    assert most_pool_bytes(1000, 0.5, cpu, 1) == 2 * most_pool_bytes(1000, 0.5, cpu, 2) == 500
+    assert most_pool_bytes(1000, 0.5, torch.device("cuda"), 2) == 500
+    assert most_pool_bytes(1000, None, torch.device("cuda"), 2) == 800
+    assert free_bytes(cpu) > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ([16, 16, 4096, 16], None),
+        ([16, 16, 8192], None),
+        ([16, 4096], "layer 1 a window of 4096 tokens, but it attends to a window of 16,"),
+        ([16, 16, 512], "layer 2 a window of 512 tokens, but it attends to all of up to 4096,"),
+        ([15], "layer 0 a window of 15 tokens"),
+    ],
+)
+def test_windows_that_are_given_are_the_model_s(given: list[int], wrong: str | None, models: dict[str, Path]) -> None:
+    cache = KvCacheConfig(max_tokens=256, max_attention_window=given)  # type: ignore[arg-type]
+    assert cache.max_attention_window == tuple(given)
+    if wrong is None:
+        with LLM(str(models["gemma3"]), kv_cache_config=cache) as llm:
+            assert len(llm._pool.groups) == 2
+        return
+    with pytest.raises(RequestError, match=wrong):
+        LLM(str(models["gemma3"]), kv_cache_config=cache)
+
+
+@pytest.mark.gpu
+def test_a_pool_on_a_gpu_begins_an_allocation_of_its_own(models: dict[str, Path]) -> None:
+    """CUDA IPC shares allocations from their beginning, whatever address in them is named."""
+    with LLM(str(models["gemma3"]), device="cuda", kv_cache_config=KvCacheConfig(max_tokens=256)) as llm:
+        begins = {segment["address"] for segment in torch.cuda.memory_snapshot()}
+        addresses = {pool.data_ptr() for pool in llm._pool.tensors}
+        assert len(addresses) == 2
+        assert addresses <= begins
+        assert llm.generate(make_prompt(40), SamplingParams(max_tokens=2)).token_ids

@@ -14,7 +14,7 @@ from kvferry.config import KvCacheConnectorConfig
 from kvferry.connector import manager as manager_module
 from kvferry.connector.api import Request
 from kvferry.engine.outputs import FinishReason
-from kvferry.testing.connectors import SHELVES, Shelf, ShelfScheduler, ShelfWorker
+from kvferry.testing.shelf import SHELVES, Shelf, ShelfScheduler, ShelfWorker
 
 from .conftest import make_prompt
 
@@ -250,3 +250,12 @@ def test_the_log_does_not_repeat_itself(llama: str, shelf: Shelf, caplog: pytest
         llm.generate(make_prompt(10), SamplingParams(max_tokens=20, ignore_eos=True))
         assert llm.connector_manager.num_errors["wait_for_save"] == 20
     assert len(complaints(caplog)) == 1
+
+
+def test_halves_of_a_start_that_fails_are_shut_down(llama: str, shelf: Shelf) -> None:
+    ended: list[str] = []
+    FAULTS["wait_for_initialization"] = fail
+    FAULTS["shutdown"] = lambda half: ended.append(type(half).__name__)
+    with pytest.raises(RuntimeError):
+        make_llm(llama)
+    assert ended == ["FaultyShelfWorker", "FaultyShelfScheduler"]

@@ -20,7 +20,7 @@ import torch
 
 from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, SamplingParams
 from kvferry.errors import EngineDeadError, RequestError
-from kvferry.testing.connectors import SHELVES, Shelf, shelf_config
+from kvferry.testing.shelf import SHELVES, Shelf, shelf_config
 
 from .conftest import make_prompt
 
@@ -143,7 +143,7 @@ def is_running(pid: int) -> bool:
 
 
 PICKY = """
-from kvferry.testing.connectors import ShelfScheduler, ShelfWorker
+from kvferry.testing.shelf import ShelfScheduler, ShelfWorker
 
 class PickyWorker(ShelfWorker):
     def __init__(self, llm_args):

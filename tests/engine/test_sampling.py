@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 
 from kvferry.engine.sampling import SamplingParams, sample
@@ -36,3 +37,17 @@ def test_top_p_keeps_the_fewest_that_reach_it() -> None:
     assert set(draws(temperature=1.0, top_p=0.5)) == {1}
     assert set(draws(temperature=1.0, top_p=0.7)) == {1, 2}
     assert set(draws(temperature=1.0, top_p=0.85)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("values", [{"temperature": 1e-320}, {"temperature": 1e-40}, {"temperature": 1e-6}])
+def test_the_smallest_temperatures_take_the_likeliest(values: dict[str, float]) -> None:
+    assert set(draws(20, **values)) == {1}
+
+
+def test_the_largest_temperature_draws_evenly() -> None:
+    counts = draws(temperature=1e308)
+    assert all(abs(counts[token] / 4000 - 0.2) < 0.03 for token in range(5))
+
+
+def test_the_smallest_top_p_takes_the_likeliest() -> None:
+    assert set(draws(20, temperature=1.0, top_p=1e-300)) == {1}

@@ -11,9 +11,9 @@ from importlib import import_module
 import kvferry
 from kvferry.errors import KVFerryError
 
-COMMANDS = ("demo", "generate", "connectors", "config")
-"""Each is a module of this package with `add_arguments(parser)`, `run(arguments) -> int` and a docstring that says
-what the command does, with examples."""
+COMMANDS = ("demo", "generate", "serve", "trtllm-run", "connectors", "check", "config")
+"""Each is a module of this package (`_` for `-`) with `add_arguments(parser)`, `run(arguments) -> int` and a docstring
+that says what the command does, with examples."""
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kvferry {arguments.command}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, ValueError | ImportError) else EXIT_FAILED
     except ImportError as error:  # an extra is not installed; kvferry's own errors say which
-        hint = ": pip install 'kvferry[engine,demo]'" if isinstance(error, ModuleNotFoundError) else ""
+        hint = ": pip install 'kvferry[engine,demo,serve]'" if isinstance(error, ModuleNotFoundError) else ""
         print(f"kvferry {arguments.command}: {error}{hint}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvferry {kvferry.__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = import_module(f"kvferry.cli.{name}")
+        module = import_module(f"kvferry.cli.{name.replace('-', '_')}")
         summary, _, details = (module.__doc__ or "").partition("\n")
         command = commands.add_parser(
             name,

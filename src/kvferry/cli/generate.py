@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvferry.cli.engine import add_engine_arguments, engine_options, set_up_output
 
 if TYPE_CHECKING:
     from kvferry import LLM, RequestOutput, SamplingParams
@@ -28,13 +30,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, prompt, sampling and engine."""
-    parser.add_argument("model", metavar="MODEL")
+    add_engine_arguments(parser)
     parser.add_argument("-p", "--prompt", required=True, help="text to go on from; - reads standard input")
     parser.add_argument("--chat", action="store_true", help="put the prompt to the model as a user's message")
-    parser.add_argument("--config", metavar="FILE", help="engine.yaml: keyword arguments of kvferry.LLM")
-    parser.add_argument("--connector", metavar="PRESET", help="KV cache connector, instead of the file's")
-    parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--device", help="auto, cpu or cuda")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-tokens", type=int, default=128, help="most tokens to generate (default %(default)s)")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
@@ -48,12 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Stream one completion."""
     from kvferry import LLM, SamplingParams
-    from kvferry.config import load_options
-    from kvferry.observability.log import set_level
 
-    set_level(load_options().log_level)
-    if not sys.stderr.isatty():
-        _hide_progress()
+    set_up_output()
     params = SamplingParams(
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
@@ -63,38 +57,18 @@ def run(arguments: argparse.Namespace) -> int:
         stop=tuple(arguments.stop),
         ignore_eos=arguments.ignore_eos,
     )
-    engine_options = _engine_options(arguments)
+    options = engine_options(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    with LLM(arguments.model, **engine_options) as llm:
+    with LLM(arguments.model, **options) as llm:
         output = _stream(llm, _chat(llm, prompt) if arguments.chat else prompt, params)
     print(_summary(output), file=sys.stderr)
     return 0
 
 
-def _hide_progress() -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-
-def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The file's, then the arguments' in their place."""
-    from kvferry.config import KvCacheConnectorConfig, read_engine_yaml
-
-    options = read_engine_yaml(arguments.config) if arguments.config else {}
-    if arguments.connector:
-        options["kv_connector_config"] = KvCacheConnectorConfig(connector=arguments.connector)
-    return options | {name: getattr(arguments, name) for name in ("dtype", "device") if getattr(arguments, name)}
-
-
 def _chat(llm: LLM, prompt: str) -> list[int]:
-    from kvferry.errors import RequestError
+    from kvferry.engine.text import chat_tokens
 
-    if llm.tokenizer is None or not getattr(llm.tokenizer, "chat_template", None):
-        raise RequestError("--chat needs a model with a tokenizer and a chat template")
-    message = [{"role": "user", "content": prompt}]
-    encoded = llm.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+    return chat_tokens(llm.tokenizer, [{"role": "user", "content": prompt}])
 
 
 def _stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> RequestOutput:

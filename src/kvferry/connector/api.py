@@ -80,10 +80,16 @@ class RequestData:
 @dataclass(slots=True)
 class SchedulerOutput:
     """What one forward pass computes. A request is in `new_requests` in its first pass and in `cached_requests` in all
-    later ones."""
+    later ones.
+
+    prefix_loads, attention_dp_rank: TensorRT-LLM's, for prefixes reserved before admission and for attention data
+    parallelism; the embedded engine has neither.
+    """
 
     new_requests: list[RequestData] = field(default_factory=list)
     cached_requests: list[RequestData] = field(default_factory=list)
+    prefix_loads: list[Any] = field(default_factory=list)
+    attention_dp_rank: int | None = None
 
 
 def _stand_in(flat: str, grouped: str) -> Any:

@@ -8,10 +8,35 @@ from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
 
 
 @dataclass(frozen=True, slots=True)
+class RankMapping:
+    """A rank's place among the ranks of one host, in TensorRT-LLM's names. Each layer is on every rank."""
+
+    rank: int
+    world_size: int
+    enable_attention_dp: bool = False
+    node_rank: int = 0
+    pp_rank: int = 0
+    pp_size: int = 1
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank
+
+    @property
+    def tp_size(self) -> int:
+        return self.world_size
+
+    def to_mapping(self) -> RankMapping:
+        """Itself: TensorRT-LLM has this in two steps."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
 class LlmArgs:
-    """An engine's settings, as both generations of connector constructors read them.
+    """An engine's settings, as all generations of connector constructors read them.
 
     engine_id: unique per engine instance; the same on all its ranks.
+    model: where transformers finds the config: a folder or a hub name.
     model_identity: names the weights by content (revision or digest), or None if the engine cannot name them, in which
         case nothing may be kept beyond the engine's life.
     kv_dtype: torch's name of the pool's element type, such as "float32".
@@ -40,3 +65,24 @@ class LlmArgs:
     def tokens_per_block(self) -> int:
         """The older constructors' name for `kv_cache_config.tokens_per_block`."""
         return self.kv_cache_config.tokens_per_block
+
+    @property
+    def mapping(self) -> RankMapping:
+        """This rank's place. `parallel_config.to_mapping()` is the same."""
+        return RankMapping(self.rank, self.tensor_parallel_size)
+
+    @property
+    def parallel_config(self) -> RankMapping:
+        return self.mapping
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        return 1
+
+    @property
+    def enable_attention_dp(self) -> bool:
+        return False
+
+    @property
+    def backend(self) -> str:
+        return "pytorch"

@@ -6,7 +6,9 @@ Names and addressing follow TensorRT-LLM's `kv_cache_layout` module: the bytes o
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from kvferry.blocks import GroupKind
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 
 STATE_ROLES = ("conv_state", "ssm_state")
 """Roles of a recurrent layer's buffers: what its convolution remembers, and the recurrence proper."""
+
+
+def valid_page_slots(page_indices: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Pairs (place in the list, page) without the places that have none. The place says which tokens the page holds; no
+    page is -1, which as an index would be somebody else's."""
+    return ((place, page) for place, page in enumerate(page_indices) if page >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,12 @@ class KvCacheRegion:
         flat = torch.empty(0, dtype=dtype, device=self.memory.device).set_(elements)
         offset = (self.base - elements.data_ptr()) // dtype.itemsize
         shape = (self.num_slots, self.size // dtype.itemsize)
-        return flat.as_strided(shape, (self.stride // dtype.itemsize, 1), offset)
+        return _as_on_gpu(flat.as_strided(shape, (self.stride // dtype.itemsize, 1), offset))
+
+    def slot_tensor(self, slot_id: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One page of `as_tensor`. IndexError: there is no such page."""
+        self.address_of(slot_id)
+        return self.as_tensor(dtype)[slot_id]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +109,18 @@ class KvCacheLayerGroupLayout:
 
 @dataclass(frozen=True, slots=True)
 class KvCacheLayout:
-    """All of a rank's pools."""
+    """All of a rank's pools. gpu_pool_mapping_bytes: None, as each pool is one allocation."""
 
     tokens_per_block: int
     groups: tuple[KvCacheLayerGroupLayout, ...]
+    gpu_pool_mapping_bytes: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the KV."""
+        group = next((group for group in self.groups if group.kind is not GroupKind.STATE), self.groups[0])
+        dtype: torch.dtype = group.regions[0].memory.dtype
+        return dtype
 
     def group(self, layer_group_id: int) -> KvCacheLayerGroupLayout:
         """KeyError: there is no such group."""
@@ -119,11 +140,59 @@ class KvCacheLayout:
         """The pool tensor that `register_kv_caches` takes, or None where one tensor cannot describe the pools."""
         if len(self.groups) != 1 or len(self.groups[0].regions) != 1 or self.groups[0].kind is GroupKind.STATE:
             return None
-        pool: torch.Tensor = self.groups[0].regions[0].memory
-        return pool
+        return _as_on_gpu(self.groups[0].regions[0].memory)
 
 
-def describe_pages(pages: torch.Tensor, buffers: tuple[KvCacheBufferRef, ...]) -> KvCacheRegion:
-    """The region of a tensor `[num_pages, ...]` of which each page is contiguous."""
+def _as_on_gpu(pool: torch.Tensor) -> torch.Tensor:
+    """A view of a pool, whose parts `cpu()` and `to("cpu")` copy also where the pool is on a CPU.
+
+    Connectors are written for GPUs: without this the file of one block would hold the memory of the whole pool, for
+    `torch.save` writes all that a tensor is a view of.
+    """
+    return pool if pool.device.type != "cpu" else pool.as_subclass(_host_pool_class())
+
+
+@cache
+def _host_pool_class() -> type[Any]:
+    import torch
+
+    class HostPool(torch.Tensor):
+        def cpu(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor).clone()
+
+        def to(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            plain = self.as_subclass(torch.Tensor)
+            moved: torch.Tensor = plain.to(*arguments, **options)
+            return moved.clone() if moved is plain else moved
+
+    return HostPool
+
+
+def describe_pools(
+    tokens_per_block: int, pools: list[tuple[tuple[int, ...], int | None, torch.Tensor]]
+) -> KvCacheLayout:
+    """The layout of pools given as `describe_kv` takes them."""
+    return KvCacheLayout(tokens_per_block, tuple(describe_kv(index, *pool) for index, pool in enumerate(pools)))
+
+
+def describe_kv(
+    layer_group_id: int, layers: tuple[int, ...], window: int | None, pool: torch.Tensor
+) -> KvCacheLayerGroupLayout:
+    """Layers of one window and their pool, contiguous, `[num_blocks, num_layers, kv_factor, elements]`."""
+    buffers = tuple(KvCacheBufferRef(layer, role) for layer in layers for role in ("key", "value"))
+    return KvCacheLayerGroupLayout(layer_group_id, layers, window, (_describe(pool, buffers),))
+
+
+def describe_states(layer_group_id: int, states: Mapping[int, Mapping[str, torch.Tensor]]) -> KvCacheLayerGroupLayout:
+    """Recurrent layers, and of each its pools by role, `[num_blocks, ...]` with contiguous pages."""
+    regions = [
+        _describe(pages, (KvCacheBufferRef(layer, role),))
+        for layer, by_role in states.items()
+        for role, pages in by_role.items()
+    ]
+    return KvCacheLayerGroupLayout(layer_group_id, tuple(states), None, tuple(regions))
+
+
+def _describe(pages: torch.Tensor, buffers: tuple[KvCacheBufferRef, ...]) -> KvCacheRegion:
     stride = pages.stride(0) * pages.element_size()
     return KvCacheRegion(pages.data_ptr(), pages[0].nbytes, stride, pages.shape[0], buffers, pages)

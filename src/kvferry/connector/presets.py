@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from kvferry.config import KvCacheConnectorConfig
+from kvferry.config import KvCacheConnectorConfig, has_variable
 from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker
 from kvferry.errors import ConfigError, ConnectorError, ConnectorImportError, UnknownPresetError
+
+TRTLLM_NAMES = "kvferry.integrations.trtllm_namespace"
+"""Connectors for TensorRT-LLM import `tensorrt_llm`: the module whose `install()` makes that resolve to ours."""
+
+
+class ServerUrl(enum.Enum):
+    """Whether a connector talks to a server."""
+
+    NONE = "none"
+    NEEDED = "needed"
+    OPTIONAL = "optional"
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Where a connector's two classes live."""
+    """Where a connector's two classes live.
+
+    package: what pip installs to have it; None where there is nothing to say about that.
+    needs: a module by name, whose `install()` is called before the connector's module is imported.
+    server_url: whether the configuration must name a server, unless the environment does so in `server_variable`.
+    """
 
     module: str
     scheduler_class: str
     worker_class: str
+    package: str | None = None
+    needs: str | None = None
+    server_url: ServerUrl = ServerUrl.NONE
+    server_variable: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +52,29 @@ class ConnectorClasses:
 _presets = {
     "kvferry": Preset("kvferry.offload.connector", "KVFerryConnectorScheduler", "KVFerryConnectorWorker"),
     "persistent": Preset("kvferry.connector.persistent", "PersistentConnectorScheduler", "PersistentConnectorWorker"),
+    "lmcache": Preset(
+        "lmcache.integration.tensorrt_llm.tensorrt_adapter",
+        "LMCacheKvConnectorScheduler",
+        "LMCacheKvConnectorWorker",
+        package="lmcache",
+        needs=TRTLLM_NAMES,
+    ),
+    "lmcache-mp": Preset(
+        "lmcache.integration.tensorrt_llm.tensorrt_mp_adapter",
+        "LMCacheMPKvConnectorScheduler",
+        "LMCacheMPKvConnectorWorker",
+        package="lmcache",
+        needs=TRTLLM_NAMES,
+        server_url=ServerUrl.NEEDED,
+        server_variable="LMCACHE_SERVER_URL",
+    ),
+    "kvbm": Preset(
+        "kvbm.trtllm_integration.connector",
+        "DynamoKVBMConnectorLeader",
+        "DynamoKVBMConnectorWorker",
+        package="kvbm",
+        needs=TRTLLM_NAMES,
+    ),
 }
 
 
@@ -48,17 +92,31 @@ def register_preset(name: str, preset: Preset) -> None:
 def resolve(config: KvCacheConnectorConfig) -> ConnectorClasses:
     """The classes that a configuration names.
 
-    UnknownPresetError: no preset of that name. ConnectorImportError: its module cannot be imported or lacks a class.
+    UnknownPresetError: no preset of that name. ConfigError: it needs a server's URL and none is given, or takes none.
+    ConnectorImportError: its module cannot be imported or lacks a class.
     """
-    return load(_named(config))
+    preset = _named(config)
+    if config.server_url is not None and preset.server_url is ServerUrl.NONE:
+        raise ConfigError(f"the connector preset {config.connector!r} talks to no server: server_url is not for it")
+    if config.server_url is None and preset.server_url is ServerUrl.NEEDED:
+        variable = preset.server_variable
+        if variable is None or not has_variable(variable):
+            instead = f" or the environment variable {variable}" if variable is not None else ""
+            raise ConfigError(f"the connector preset {config.connector!r} needs server_url{instead}")
+    return load(preset)
 
 
 def load(preset: Preset) -> ConnectorClasses:
     """Import a connector's module. ConnectorImportError: it cannot be imported or lacks a class."""
     classes = f"{preset.scheduler_class} and {preset.worker_class}"
     try:
+        if preset.needs is not None:
+            import_module(preset.needs).install()
         module = import_module(preset.module)
     except Exception as error:  # whatever a foreign module raises while it is imported is its own message
+        if preset.package and isinstance(error, ModuleNotFoundError) and preset.module.startswith(str(error.name)):
+            message = f"{preset.package} is not installed: pip install {preset.package}"
+            raise ConnectorImportError(message, name=preset.module) from error
         reason = f"{type(error).__name__}: {error}"
         message = f"cannot import the connector module {preset.module!r} (for {classes}): {reason}"
         raise ConnectorImportError(message, name=preset.module) from error
@@ -82,7 +140,7 @@ def _named(config: KvCacheConnectorConfig) -> Preset:
         config.connector_worker_class,
     )
     assert module and scheduler and worker, "KvCacheConnectorConfig refuses anything else"
-    return Preset(module, scheduler, worker)
+    return Preset(module, scheduler, worker, needs=TRTLLM_NAMES, server_url=ServerUrl.OPTIONAL)
 
 
 def check_forms(classes: ConnectorClasses, num_layer_groups: int) -> None:

@@ -2,6 +2,9 @@
 
 Rank 0 leads. Nothing here has a deadline: whoever watches over the processes (`ranks`) ends those that died or stopped,
 and a read from a process that has ended raises. Knows no engine and no tensor.
+
+A process is one rank of one world: of the engine that it started last, or whose follower it is. The functions at the
+end are for connectors, which know no other way to ask for it (TensorRT-LLM's take MPI's).
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from kvferry.connector import wire
+from kvferry.connector.manager import Collective, LocalCollective
+from kvferry.errors import ConnectorError
 
 
 class Channel(Protocol):
@@ -68,3 +73,49 @@ class FollowerCollective:
     def gather(self, value: Any) -> list[Any]:
         self._channel.send_bytes(wire.encode(value))
         return []
+
+
+_world: Collective = LocalCollective()
+
+
+def enter_world(collective: Collective) -> None:
+    """This process is a rank of that collective from now on."""
+    global _world  # noqa: PLW0603 - like MPI's, the world is the process's
+    _world = collective
+
+
+def leave_world(collective: Collective) -> None:
+    """It is alone again, unless it has entered another since."""
+    if _world is collective:
+        enter_world(LocalCollective())
+
+
+def world_rank() -> int:
+    """This process's rank."""
+    return _world.rank
+
+
+def world_size() -> int:
+    """How many ranks there are."""
+    return _world.size
+
+
+def broadcast(value: Any, root: int = 0) -> Any:
+    """Rank 0's value, on every rank. All ranks must call it, between the same two hooks or in the same one.
+
+    ConnectorProtocolError: it holds something that cannot cross processes (see `connector.wire`). ConnectorError: the
+    root is another rank.
+    """
+    if root != 0:
+        raise ConnectorError(f"only rank 0 can broadcast here, not rank {root}")
+    return _world.broadcast(value)
+
+
+def allgather(value: Any) -> list[Any]:
+    """All ranks' values in the order of ranks, on every rank. Who must call it and errors: as `broadcast`."""
+    return list(_world.broadcast(_world.gather(value)))
+
+
+def barrier() -> None:
+    """Return when all ranks have called it."""
+    allgather(None)

@@ -6,6 +6,7 @@ own. Only the loop's thread touches the scheduler, the executor and the connecto
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -53,9 +54,10 @@ class EngineCore:
         self._sequences: dict[int, Sequence] = {}
         self._generators: dict[int, torch.Generator] = {}
         self._is_closed = False
-        self._close_lock = threading.Lock()
+        self._close_lock = threading.RLock()  # a collector's finalizer may shut down where the lock is held
         self._thread = threading.Thread(target=self._run, name="kvferry-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.shutdown)  # after what its connector registered, hence before it
         if ranks is not None:
             ranks.on_failure(lambda: self._commands.put(self._raise_failure))
 
@@ -110,7 +112,9 @@ class EngineCore:
             if not self._is_closed:
                 self._is_closed = True
                 self._commands.put(None)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+            atexit.unregister(self.shutdown)
 
     # -- the loop's thread -------------------------------------------------------------------------------------------
 

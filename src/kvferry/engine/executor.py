@@ -13,6 +13,29 @@ from kvferry.engine.sequence import Batch, Slice
 from kvferry.errors import RequestError
 
 
+class CpuStream:
+    """A stream where there are none: whatever it was given has happened."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: Any = None) -> Any:
+        """The event; None if none was given."""
+        return event
+
+    def query(self) -> bool:
+        return True
+
+
+_CPU_STREAM = CpuStream()
+
+
 class Executor:
     """One rank's model and pool."""
 
@@ -24,8 +47,8 @@ class Executor:
 
     @property
     def stream(self) -> Any:
-        """The stream that forward passes run on; on a CPU, torch's stand-in for one."""
-        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else torch.cpu.current_stream()
+        """The stream that forward passes run on; on a CPU a stand-in, for torch's own lacks `synchronize`."""
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else _CPU_STREAM
 
     @torch.inference_mode()
     def forward(self, batch: Batch, hooks: LayerHooks | None) -> torch.Tensor:

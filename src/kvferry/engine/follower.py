@@ -20,10 +20,10 @@ import torch
 from kvferry.connector import wire
 from kvferry.connector.config import LlmArgs
 from kvferry.connector.manager import KvCacheConnectorManager
-from kvferry.engine.collective import FollowerCollective, open_inherited
+from kvferry.engine.collective import FollowerCollective, enter_world, open_inherited
 from kvferry.engine.executor import Executor
 from kvferry.engine.groups import group_layers
-from kvferry.engine.kv_pool import KvPool, default_max_tokens
+from kvferry.engine.kv_pool import KvPool, free_bytes
 from kvferry.engine.model import load_model
 from kvferry.engine.rank import RankPlan, make_worker, part_of_kv
 from kvferry.engine.sequence import Batch
@@ -63,11 +63,11 @@ class PoolPlan:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Started:
     """A follower's answer when it has loaded, when it has its pool, and when it is ready. failure: why it cannot go on.
-    max_tokens: what its memory could hold."""
+    free_bytes: the memory that its device has left."""
 
     failure: str | None = None
     identity: str | None = None
-    max_tokens: int = 0
+    free_bytes: int = 0
 
 
 class Follower:
@@ -85,8 +85,7 @@ class Follower:
         try:
             loaded = load_model(self._plan.model, self._plan.dtype, self._device, self._group)
             shape = part_of_kv(loaded, self._plan.num_ranks)
-            max_tokens = default_max_tokens(shape.block_bytes(1), 1 << 62, self._device)
-            self._answer(Started(identity=loaded.identity, max_tokens=max_tokens))
+            self._answer(Started(identity=loaded.identity, free_bytes=free_bytes(self._device)))
             plan: PoolPlan = wire.decode(self._channel.recv_bytes())
             pool = KvPool(shape, group_layers(loaded.windows), plan.num_blocks, plan.tokens_per_block, self._device)
             self._answer(Started())
@@ -107,6 +106,7 @@ class Follower:
 
     def _connect(self, args: LlmArgs, pool: KvPool) -> None:
         collective = FollowerCollective(self._channel, self._plan.rank, self._plan.num_ranks)
+        enter_world(collective)
         self._manager = KvCacheConnectorManager(args, make_worker(args, pool), None, collective)
 
     def run(self) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from kvferry.blocks import GroupKind
 from kvferry.connector.api import NO_BLOCK
 from kvferry.engine.block_manager import BlockManager, token_bytes
-from kvferry.errors import InvariantError
+from kvferry.errors import InvariantError, RequestError
 from kvferry.hit import longest_hit, needed_units
 
 
@@ -104,6 +104,20 @@ def place_of_state(block_ids: Sequence[int], num_tokens: int, tokens_per_block: 
     """The block among a sequence's that holds its state after `num_tokens` (at least 1), or that will."""
     first = (num_tokens - 1) // tokens_per_block
     return next(block_id for block_id in itertools.islice(block_ids, first, None) if block_id != NO_BLOCK)
+
+
+def check_windows(windows: Sequence[int | None], given: Sequence[int] | None, max_positions: int) -> None:
+    """RequestError: the windows `given` for the layers in turn are not the model's. One as long as the longest sequence
+    says full attention."""
+    for layer, window in enumerate(windows if given else ()):
+        assert given
+        said = given[layer % len(given)]
+        if said != window and (window is not None or said < max_positions):
+            own = f"a window of {window}" if window is not None else f"all of up to {max_positions}"
+            raise RequestError(
+                f"max_attention_window gives layer {layer} a window of {said} tokens, but it attends to {own}, and the "
+                "engine computes what the model says"
+            )
 
 
 def extend_hashes(hashes: list[bytes], tokens: Sequence[int], root: bytes, tokens_per_block: int) -> None:

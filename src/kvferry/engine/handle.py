@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Sequence as AbstractSequence
 
 from kvferry.engine.core import EngineCore
 from kvferry.engine.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
-from kvferry.engine.sequence import Sequence
+from kvferry.engine.sequence import Sequence, SequenceStatus
 from kvferry.engine.text import Detokenizer
 from kvferry.errors import EngineDeadError
 
@@ -34,6 +36,11 @@ class GenerationHandle:
     @property
     def request_id(self) -> int:
         return self._sequence.request_id
+
+    @property
+    def status(self) -> SequenceStatus:
+        """Where the engine has it."""
+        return self._sequence.status
 
     @property
     def output(self) -> RequestOutput:
@@ -64,29 +71,25 @@ class GenerationHandle:
                 return
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        loop, grew = asyncio.get_running_loop(), asyncio.Event()
+        async for _, output in follow([self]):
+            yield output
 
-        def wake() -> None:
-            loop.call_soon_threadsafe(grew.set)
-
+    @contextlib.contextmanager
+    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
+        """`wake` is called in the engine's thread whenever the output grew or ended; it must not raise."""
         with self._changed:
             self._wakers.add(wake)
-        num_shown = 0
         try:
-            while True:
-                with self._changed:
-                    output = self._output if self._has_more_than(num_shown) else None
-                if output is None:
-                    await grew.wait()
-                    grew.clear()
-                    continue
-                num_shown = len(output.token_ids)
-                yield self._checked(output)
-                if output.finished:
-                    return
+            yield
         finally:
             with self._changed:
                 self._wakers.discard(wake)
+
+    def more_than(self, num_tokens: int) -> RequestOutput | None:
+        """The request so far if it has ended or has more than so many tokens. EngineDeadError: as iterating."""
+        with self._changed:
+            output = self._output if self._has_more_than(num_tokens) else None
+        return self._checked(output) if output is not None else None
 
     def _has_more_than(self, num_tokens: int) -> bool:
         return self._output.finished or len(self._output.token_ids) > num_tokens
@@ -125,6 +128,35 @@ class GenerationHandle:
             metrics=_metrics(sequence),
             outputs=(CompletionOutput(text, tuple(sequence.output_tokens), reason),),
         )
+
+
+async def follow(handles: AbstractSequence[GenerationHandle]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """The outputs of several requests as they grow, each with the place of its handle; ends when all have ended.
+
+    EngineDeadError: as iterating one.
+    """
+    loop, grew = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed under its reader
+            loop.call_soon_threadsafe(grew.set)
+
+    num_shown = dict.fromkeys(range(len(handles)), 0)
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle.waking(wake))
+        while num_shown:
+            grew.clear()
+            for index in list(num_shown):
+                output = handles[index].more_than(num_shown[index])
+                if output is None:
+                    continue
+                num_shown[index] = len(output.token_ids)
+                if output.finished:
+                    del num_shown[index]
+                yield index, output
+            if num_shown:
+                await grew.wait()
 
 
 def _metrics(sequence: Sequence) -> RequestMetrics:

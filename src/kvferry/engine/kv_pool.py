@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from kvferry.blocks import GroupKind
-from kvferry.connector.layout import KvCacheBufferRef, KvCacheLayerGroupLayout, KvCacheLayout, describe_pages
+from kvferry.connector.layout import KvCacheLayout, describe_kv, describe_states
 from kvferry.engine.groups import LayerGroup
 
 _DEFAULT_POOL_BYTES_CPU = 10**9
 _DEFAULT_FREE_MEMORY_FRACTION_CUDA = 0.8
+_MEMORY_INFO = Path("/proc/meminfo")
 KV_FACTOR = 2
 """Keys and values."""
 _ALIGNMENT = 16
@@ -87,10 +89,10 @@ class KvPool:
     def _make(self, group: LayerGroup) -> torch.Tensor:
         if group.snapshots is not None:
             num_bytes = self.shape.state_bytes
-            return torch.zeros(group.snapshots.num_blocks, num_bytes, dtype=torch.uint8, device=self.device)
+            return _zeros((group.snapshots.num_blocks, num_bytes), torch.uint8, self.device)
         elements = self.shape.num_heads * self.tokens_per_block * self.shape.head_dim
         size = (self.num_blocks, len(group.layers), KV_FACTOR, elements)
-        return torch.zeros(size, dtype=self.shape.dtype, device=self.device)
+        return _zeros(size, self.shape.dtype, self.device)
 
     def _view_states(self) -> dict[int, dict[str, torch.Tensor]]:
         views: dict[int, dict[str, torch.Tensor]] = {}
@@ -113,29 +115,38 @@ class KvPool:
     @property
     def layout(self) -> KvCacheLayout:
         """What a connector is told of these pools."""
-        return KvCacheLayout(self.tokens_per_block, tuple(map(self._describe, range(len(self.groups)))))
-
-    def _describe(self, index: int) -> KvCacheLayerGroupLayout:
-        group = self.groups[index]
-        if group.kind is GroupKind.STATE:
-            regions = [
-                describe_pages(pages, (KvCacheBufferRef(layer, role),))
-                for layer in group.layers
-                for role, pages in self.states[layer].items()
-            ]
-        else:
-            buffers = tuple(KvCacheBufferRef(layer, role) for layer in group.layers for role in ("key", "value"))
-            regions = [describe_pages(self.tensors[index], buffers)]
-        return KvCacheLayerGroupLayout(index, group.layers, group.window_tokens, tuple(regions))
+        groups = [
+            describe_states(index, self.states)
+            if group.kind is GroupKind.STATE
+            else describe_kv(index, group.layers, group.window_tokens, self.tensors[index])
+            for index, group in enumerate(self.groups)
+        ]
+        return KvCacheLayout(self.tokens_per_block, tuple(groups))
 
 
-def default_max_tokens(token_bytes: int, wanted_tokens: int, device: torch.device, bytes_beside: int = 0) -> int:
-    """Tokens for a pool whose size the user left open: `wanted_tokens`, but no more than fit, with `bytes_beside` them,
-    into 1 GB on a CPU and 80 % of the free memory of a GPU."""
-    free_bytes = _DEFAULT_POOL_BYTES_CPU
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a GPU at the beginning of an allocation of their own, for what connectors share with other processes
+    through CUDA IPC is an allocation from its beginning on, whatever address they name."""
+    if device.type != "cuda":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    with torch.cuda.use_mem_pool(torch.cuda.MemPool(), device):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """A GPU's free memory; on a CPU what Linux calls the machine's available memory."""
     if device.type == "cuda":
-        free_bytes = int(torch.cuda.mem_get_info(device)[0] * _DEFAULT_FREE_MEMORY_FRACTION_CUDA)
-    return min(wanted_tokens, max(0, free_bytes - bytes_beside) // token_bytes)
+        return int(torch.cuda.mem_get_info(device)[0])
+    fields = dict(line.split(":", 1) for line in _MEMORY_INFO.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def most_pool_bytes(free: int, fraction: float | None, device: torch.device, num_ranks: int) -> int:
+    """What one rank's pool may take of `free` bytes of its device: `fraction` of them, which ranks on a CPU share. By
+    default 80 % of a GPU's, and 1 GB on a CPU."""
+    if device.type == "cuda":
+        return int(free * (fraction or _DEFAULT_FREE_MEMORY_FRACTION_CUDA))
+    return int(free * fraction / num_ranks) if fraction is not None else _DEFAULT_POOL_BYTES_CPU
 
 
 def _aligned(num_bytes: int) -> int:

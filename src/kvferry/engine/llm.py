@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import uuid
+import weakref
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -17,15 +19,15 @@ from kvferry.connector.presets import resolve
 from kvferry.engine.core import EngineCore
 from kvferry.engine.executor import Executor
 from kvferry.engine.follower import PoolPlan
-from kvferry.engine.groups import GroupedBlocks, Snapshots, group_layers
+from kvferry.engine.groups import GroupedBlocks, Snapshots, check_windows, group_layers
 from kvferry.engine.handle import GenerationHandle
-from kvferry.engine.kv_pool import KvPool, KvShape, default_max_tokens
+from kvferry.engine.kv_pool import KvPool, KvShape, free_bytes, most_pool_bytes
 from kvferry.engine.lora import adapter_digest
 from kvferry.engine.model import load_model
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.rank import make_worker, part_of_kv, plan_first_rank
 from kvferry.engine.ranks import Ranks
-from kvferry.engine.sampling import SamplingParams
+from kvferry.engine.sampling import SamplingParams, is_unicode
 from kvferry.engine.scheduler import Limits, Scheduler
 from kvferry.engine.sequence import Sequence
 from kvferry.engine.text import Detokenizer
@@ -41,7 +43,8 @@ class LLM:
     there is one), "cpu", "cuda" or "cuda:1". max_num_tokens: most tokens that one forward pass computes; without
     chunked prefill no prompt may be longer. tensor_parallel_size: so many ranks share the model's heads, this process
     and others that it starts, on as many GPUs; the engine ends when one is lost, and one that shows no life for
-    rank_timeout_seconds is. Use it as a context manager, or call `shutdown`.
+    rank_timeout_seconds is. max_seq_len: most tokens of a prompt and its output. Use it as a context manager, or call
+    `shutdown`; an engine that nobody holds any more shuts itself down, as does one that the process's end finds.
 
     Raises RequestError (a ValueError) if there is no such model or a limit makes no sense. ConfigError, ConnectorError:
     the connector cannot be used. EngineDeadError: another rank could not start.
@@ -49,12 +52,13 @@ class LLM:
 
     def __init__(  # noqa: PLR0913 - a host's options, by keyword
         self,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         kv_cache_config: KvCacheConfig | None = None,
         kv_connector_config: KvCacheConnectorConfig | None = None,
         tensor_parallel_size: int = 1,
         rank_timeout_seconds: float = 10.0,
+        max_seq_len: int | None = None,
         max_batch_size: int = 8,
         max_num_tokens: int = 8192,
         enable_chunked_prefill: bool = True,
@@ -65,10 +69,13 @@ class LLM:
             raise RequestError(
                 f"max_batch_size ({max_batch_size}) must be at least 1 and at most max_num_tokens ({max_num_tokens})"
             )
+        if max_seq_len is not None and max_seq_len < 1:
+            raise RequestError(f"max_seq_len must be at least 1, not {max_seq_len}")
         self._kv_cache_config = kv_cache_config or KvCacheConfig()
         if kv_connector_config is not None:
             resolve(kv_connector_config)
-        self._plan = plan_first_rank(model, dtype, _find_device(device), tensor_parallel_size)
+        self._max_seq_len = max_seq_len
+        self._plan = plan_first_rank(os.fspath(model), dtype, _find_device(device), tensor_parallel_size)
         self._ranks = Ranks(self._plan, rank_timeout_seconds) if tensor_parallel_size > 1 else None
         try:
             self._start(kv_connector_config, max_batch_size, max_num_tokens, enable_chunked_prefill)
@@ -77,6 +84,7 @@ class LLM:
                 self._ranks.close(at_once=True)
             raise
         self._request_ids = itertools.count(1)
+        weakref.finalize(self, self._core.shutdown)
 
     def _start(
         self,
@@ -88,6 +96,8 @@ class LLM:
         plan, ranks, device = self._plan, self._ranks, torch.device(self._plan.device)
         self._loaded = load_model(plan.model, plan.dtype, device, ranks.group if ranks is not None else None)
         self.tokenizer = self._loaded.tokenizer
+        self._max_positions = min(self._loaded.max_positions, self._max_seq_len or self._loaded.max_positions)
+        check_windows(self._loaded.windows, self._kv_cache_config.max_attention_window, self._max_positions)
         limits = Limits(
             max_batch_size,
             max_num_tokens,
@@ -124,23 +134,23 @@ class LLM:
         self._core = EngineCore(self._scheduler, self._executor, manager, ranks)
 
     def _find_num_blocks(self, shape: KvShape, device: torch.device) -> int:
-        """As configured, or what the rank with the least memory can hold. EngineDeadError: a rank did not load."""
+        """As configured, within what the rank with the least memory can hold. EngineDeadError: a rank did not load."""
         config = self._kv_cache_config
         if shape.states and config.state_interval_tokens % config.tokens_per_block:
             raise RequestError(
                 f"state_interval_tokens={config.state_interval_tokens} is not a multiple of "
                 f"tokens_per_block={config.tokens_per_block}"
             )
-        max_tokens = config.max_tokens
         started = self._ranks.await_started() if self._ranks is not None else []
         if any(other.identity != self._loaded.identity for other in started):
             raise RequestError(f"the files of {self._plan.model} changed while ranks loaded them")
-        if max_tokens is None:
-            wanted = self._limits.max_batch_size * self._loaded.max_positions
-            held = [other.max_tokens for other in started]
+        max_tokens = config.max_tokens or self._limits.max_batch_size * self._max_positions
+        if config.max_tokens is None or config.free_gpu_memory_fraction is not None:
+            free = min([free_bytes(device), *(other.free_bytes for other in started)])
+            most_bytes = most_pool_bytes(free, config.free_gpu_memory_fraction, device, self._plan.num_ranks)
             token_bytes = shape.block_bytes(1) + -(-shape.state_bytes // config.state_interval_tokens)
             beside = shape.state_bytes * self._num_moving_states
-            max_tokens = min([default_max_tokens(token_bytes, wanted, device, beside), *held])
+            max_tokens = min(max_tokens, max(0, most_bytes - beside) // token_bytes)
         num_blocks = max_tokens // config.tokens_per_block
         if num_blocks < 1:
             raise RequestError(f"a pool of {max_tokens} tokens holds no block of {config.tokens_per_block} tokens")
@@ -155,7 +165,7 @@ class LLM:
     def _llm_args(self, connector_config: KvCacheConnectorConfig) -> LlmArgs:
         return LlmArgs(
             engine_id=uuid.uuid4().hex,
-            model=self._plan.model,
+            model=self._loaded.source.name_or_path,
             model_identity=self._loaded.identity,
             kv_dtype=str(next(self._loaded.model.parameters()).dtype).removeprefix("torch."),
             num_layers=self._loaded.num_layers,
@@ -249,8 +259,11 @@ class LLM:
 
     def _check_length(self, num_prompt: int, max_tokens: int) -> None:
         asked = f"a prompt of {num_prompt} tokens and max_tokens={max_tokens}"
-        if num_prompt + max_tokens > self._loaded.max_positions:
-            raise RequestError(f"{asked} exceed the model's limit of {self._loaded.max_positions} tokens")
+        if num_prompt + max_tokens > self._max_positions:
+            whose = (
+                "the model's limit" if self._max_positions == self._loaded.max_positions else "max_seq_len, the limit"
+            )
+            raise RequestError(f"{asked} exceed {whose} of {self._max_positions} tokens")
         pool_tokens = self._pool.num_blocks * self._pool.tokens_per_block
         if num_prompt + max_tokens - 1 > pool_tokens:
             raise RequestError(f"{asked} exceed the pool's limit of {pool_tokens} tokens (kv_cache_config.max_tokens)")
@@ -264,6 +277,8 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this model's folder has no tokenizer: give the prompt as a list of token ids")
+            if not is_unicode(prompt):
+                raise RequestError("the prompt is no Unicode text: it holds half of a surrogate pair")
             return list(self.tokenizer.encode(prompt)) if prompt else []
         if not isinstance(prompt, list):
             raise RequestError(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
@@ -275,7 +290,17 @@ class LLM:
         self._core.submit(sequence, handle.on_progress)
         return handle
 
+    def max_new_tokens(self, num_prompt_tokens: int) -> int:
+        """The largest `max_tokens` that a prompt of so many tokens may ask for; below 1 if it is too long."""
+        pool_tokens = self._pool.num_blocks * self._pool.tokens_per_block
+        return min(self._loaded.max_positions, pool_tokens + 1) - num_prompt_tokens
+
     # -- the end -----------------------------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine's loop, or None."""
+        return self._core.failure
 
     def check(self) -> None:
         """Prove that the pool's books are right, between two iterations. InvariantError: they are not."""
@@ -297,6 +322,7 @@ class LLM:
 def _connect(args: LlmArgs, pool: KvPool, ranks: Ranks | None) -> KvCacheConnectorManager:
     """Make both halves in the order the API promises: all workers have their pools before the scheduler half exists."""
     worker = make_worker(args, pool)
+    scheduler = None
     try:
         if ranks is not None:
             ranks.await_started()
@@ -304,6 +330,8 @@ def _connect(args: LlmArgs, pool: KvPool, ranks: Ranks | None) -> KvCacheConnect
         scheduler.wait_for_initialization()
     except BaseException:
         worker.shutdown()
+        if scheduler is not None:
+            scheduler.shutdown()
         raise
     return KvCacheConnectorManager(args, worker, scheduler, ranks.collective if ranks is not None else None)
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 
+LOWEST_TEMPERATURE = 1e-6
+"""Below it the likeliest token is all but certain, and numbers of 32 bits end."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to generate. Greedy by default.
@@ -54,6 +58,8 @@ class SamplingParams:
             raise RequestError(f"stop must be non-empty strings, not {self.stop!r}")
         if not (self.cache_salt is None or (isinstance(self.cache_salt, str) and self.cache_salt)):
             raise RequestError(f"cache_salt must be a non-empty string, not {self.cache_salt!r}")
+        if self.cache_salt is not None and not is_unicode(self.cache_salt):
+            raise RequestError(f"cache_salt must be Unicode text, not {self.cache_salt!r}")
         priority = self.retention_priority
         if not (priority is None or (_is_int(priority) and 0 <= priority <= 100)):
             raise RequestError(f"retention_priority must be an integer from 0 to 100, not {priority!r}")
@@ -61,6 +67,15 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: Python's and JSON's may hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_int(value: object) -> bool:
@@ -77,14 +92,17 @@ def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Genera
 
     if params.temperature == 0:
         return int(logits.argmax())
-    logits = logits.float() / params.temperature
+    logits = logits.float()
+    # Measured from the largest: a tiny temperature then ends in minus infinity, which can be drawn from, not in NaN.
+    logits = (logits - logits.max()) / max(params.temperature, LOWEST_TEMPERATURE)
     if 0 < params.top_k < logits.numel():
         kth = torch.topk(logits, params.top_k).values[-1]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if params.top_p < 1:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        # A token stays if those before it have not reached top_p yet: the first always does.
+        # A token stays if those before it have not reached top_p yet; the first does, also where top_p rounds to 0.
         beyond = probabilities.cumsum(-1) - probabilities >= params.top_p
+        beyond[0] = False
         logits = logits.scatter(0, order, ordered.masked_fill(beyond, -math.inf))
     return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))

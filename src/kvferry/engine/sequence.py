@@ -6,6 +6,7 @@ import enum
 import time
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
+from typing import overload
 
 from kvferry.engine.outputs import FinishReason
 from kvferry.engine.sampling import SamplingParams
@@ -21,7 +22,8 @@ class SequenceStatus(enum.Enum):
 
 
 class Sequence:
-    """One request's tokens, blocks and progress. Satisfies `connector.api.Request`.
+    """One request's tokens, blocks and progress. Satisfies `connector.api.Request`, and has what else connectors for
+    TensorRT-LLM read of its requests: `prompt_len`, `context_current_position`, `multimodal_positions`.
 
     num_computed: tokens whose KV is in the pool. num_pool_tokens of them came with reused blocks,
     num_connector_matched_tokens from the connector; the rest was computed here.
@@ -63,10 +65,28 @@ class Sequence:
         self.num_committed_blocks = self.num_told_tokens = self.num_told_blocks = 0
         self.num_computed = self.num_pool_tokens = self.num_connector_matched_tokens = 0
 
-    def get_tokens(self, beam: int = 0) -> list[int]:
-        """Prompt and generated tokens; the list itself, not to be changed."""
-        assert beam == 0, "there are no beams"
-        return self.tokens
+    @overload
+    def get_tokens(self, beam: int) -> list[int]: ...
+
+    @overload
+    def get_tokens(self) -> list[list[int]]: ...
+
+    def get_tokens(self, beam: int | None = None) -> list[int] | list[list[int]]:
+        """Prompt and generated tokens of the one beam, 0, or of all; the list itself, not to be changed."""
+        assert not beam, "there are no beams"
+        return [self.tokens] if beam is None else self.tokens
+
+    @property
+    def prompt_len(self) -> int:
+        return self.num_prompt_tokens
+
+    @property
+    def context_current_position(self) -> int:
+        return self.num_computed
+
+    @property
+    def multimodal_positions(self) -> tuple[int, ...]:
+        return ()
 
     @property
     def hash_root(self) -> bytes:

@@ -1,10 +1,28 @@
-"""Turns a growing list of token ids into text and finds stop strings in it. Knows one request's output alone."""
+"""Between texts and token ids: chats become prompts, and growing lists of ids become text. Knows no request."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
+
+from kvferry.errors import RequestError
+
+
+def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The prompt that puts these messages (each with `role` and `content`) to the model, up to where its answer begins.
+
+    RequestError: there is no tokenizer or no chat template, or it does not take these messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise RequestError("a chat needs a model with a tokenizer and a chat template")
+    try:
+        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    except (TemplateError, TypeError, ValueError, LookupError) as error:
+        raise RequestError(f"the model's chat template does not take these messages: {error}") from error
+    return list(encoded["input_ids"])
 
 
 class Detokenizer:

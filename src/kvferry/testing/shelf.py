@@ -1,7 +1,8 @@
 """A connector for tests: keeps blocks in a dict of this process, and notes every call that the engine makes.
 
 Its two halves meet on a `Shelf`, found by name through the option `shelf`. Loads and saves are asynchronous where the
-shelf says so; then a test lets them finish when it wants to.
+shelf says so; then a test lets them finish when it wants to. It keeps the contract, so that a test can break it in one
+place.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvferry.config import KvCacheConnectorConfig
 from kvferry.connector.api import (
@@ -73,25 +74,47 @@ def shelf_config(name: str) -> KvCacheConnectorConfig:
     )
 
 
-@dataclass(slots=True)
-class _Copies:
-    """A pass's metadata: (layer group, content hash, block id)."""
+class Copy(NamedTuple):
+    """One block of a request, in one layer group."""
 
-    loads: list[tuple[int, bytes, int]] = field(default_factory=list)
-    saves: list[tuple[int, bytes, int]] = field(default_factory=list)
+    request_id: int
+    group: int
+    content: bytes
+    block_id: int
+
+
+@dataclass(slots=True)
+class Copies:
+    """A pass's metadata. later: asynchronous loads."""
+
+    loads: list[Copy] = field(default_factory=list)
+    later: list[Copy] = field(default_factory=list)
+    saves: list[Copy] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Tracked:
+    """What the scheduler half remembers of a request: `block_ids` is one list a layer group."""
+
+    tokens: list[int]
+    salt: str | None
+    block_ids: list[list[int]]
 
 
 class ShelfScheduler(KvCacheConnectorScheduler):
-    """Matches and saves whole blocks of prompts."""
+    """Matches and saves whole blocks, of prompts and of what is generated."""
 
     def __init__(self, llm_args: LlmArgs) -> None:
         super().__init__(llm_args)
         self._shelf = SHELVES[llm_args.kv_connector_config.options["shelf"]]
         self._block = llm_args.tokens_per_block
         self._planned_loads: dict[int, tuple[int, list[bytes]]] = {}
-        self._loads: list[tuple[int, bytes, int]] = []
+        self._num_taken: dict[int, int] = {}
+        self._tracked: dict[int, Tracked] = {}
+        self._copies = Copies()
 
     def _hashes(self, tokens: Sequence[int], salt: str | None) -> list[bytes]:
+        """Contents of full blocks, each named by all tokens up to its end."""
         digest = hashlib.sha256(repr(salt).encode())
         hashes = []
         for start in range(0, len(tokens) - self._block + 1, self._block):
@@ -116,23 +139,43 @@ class ShelfScheduler(KvCacheConnectorScheduler):
     ) -> None:
         self._shelf.note("update_state_after_alloc", request.request_id, _frozen(block_ids_by_layer_group))
         first, found = self._planned_loads.pop(request.request_id)
+        self._num_taken[request.request_id] = request.num_connector_matched_tokens
         if request.num_connector_matched_tokens:
+            loads = self._copies.later if self._shelf.asynchronous_loads else self._copies.loads
             for group, block_ids in enumerate(block_ids_by_layer_group):
-                self._loads += _existing(group, found, block_ids[first:])
+                loads += _existing(request.request_id, group, found, block_ids[first:])
 
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> _Copies:
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Copies:
         self._shelf.note("build_connector_meta", scheduler_output)
-        copies, self._loads = _Copies(loads=self._loads), []
         for data in scheduler_output.new_requests:
-            hashes = self._hashes(data.new_tokens, data.cache_salt)
-            for group, block_ids in enumerate(data.new_block_ids_by_layer_group):
-                copies.saves += _existing(group, hashes, block_ids)
+            block_ids = [list(of_group) for of_group in data.new_block_ids_by_layer_group]
+            self._tracked[data.request_id] = Tracked(list(data.new_tokens), data.cache_salt, block_ids)
+            computed = data.computed_position + self._num_taken.get(data.request_id, 0)
+            # From the first block on: what the pool had may be new to the shelf.
+            self._save(data.request_id, 0, computed + data.num_scheduled_tokens)
+        for data in scheduler_output.cached_requests:
+            tracked = self._tracked[data.request_id]
+            tracked.tokens += data.new_tokens
+            for held, added in zip(tracked.block_ids, data.new_block_ids_by_layer_group, strict=True):
+                held.extend(added)
+            self._save(data.request_id, data.computed_position, data.computed_position + data.num_scheduled_tokens)
+        copies, self._copies = self._copies, Copies()
         return copies
+
+    def _save(self, request_id: int, start: int, end: int) -> None:
+        """Plan to save the blocks that a pass over tokens `start` to `end` fills."""
+        tracked = self._tracked[request_id]
+        first, last = start // self._block, end // self._block
+        contents = self._hashes(tracked.tokens[:end], tracked.salt)[first:] if last > first else []
+        for group, block_ids in enumerate(tracked.block_ids):
+            self._copies.saves += _existing(request_id, group, contents, block_ids[first:last])
 
     def request_finished_by_layer_group(
         self, request: Request, cache_block_ids_by_layer_group: list[list[int]]
     ) -> bool:
         self._shelf.note("request_finished", request.request_id, _frozen(cache_block_ids_by_layer_group))
+        self._tracked.pop(request.request_id, None)
+        self._num_taken.pop(request.request_id, None)
         return self._shelf.asynchronous_saves
 
     def cancel_load(self, request: Request, start: int, end: int) -> None:
@@ -142,10 +185,10 @@ class ShelfScheduler(KvCacheConnectorScheduler):
         self._shelf.note("scheduler.shutdown")
 
 
-def _existing(group: int, contents: Sequence[bytes], block_ids: Sequence[int]) -> list[tuple[int, bytes, int]]:
+def _existing(request_id: int, group: int, contents: Sequence[bytes], block_ids: Sequence[int]) -> list[Copy]:
     """Contents with their blocks, less those that the group does not have."""
     pairs = zip(contents, block_ids, strict=False)
-    return [(group, content, block_id) for content, block_id in pairs if block_id != NO_BLOCK]
+    return [Copy(request_id, group, content, block_id) for content, block_id in pairs if block_id != NO_BLOCK]
 
 
 def _frozen(groups: list[list[int]]) -> tuple[tuple[int, ...], ...]:
@@ -153,13 +196,14 @@ def _frozen(groups: list[list[int]]) -> tuple[tuple[int, ...], ...]:
 
 
 class ShelfWorker(KvCacheConnectorWorker):
-    """Copies blocks when a pass starts and when it ends. Saves of a chunked prompt's later blocks come too early to be
-    of use, so tests that chunk prompts do not look for hits."""
+    """Loads when a pass starts, asynchronously when it reports so, and saves when a pass ends."""
 
     def __init__(self, llm_args: LlmArgs) -> None:
         super().__init__(llm_args)
         # In another rank's process the worker is alone with a shelf of its own, for its part of the KV.
         self._shelf = SHELVES.setdefault(llm_args.kv_connector_config.options["shelf"], Shelf())
+        self._has_loaded = False
+        self._later: list[Copy] = []
         self._loading: list[int] = []
         self._saving: list[int] = []
 
@@ -171,11 +215,21 @@ class ShelfWorker(KvCacheConnectorWorker):
     def bind_connector_meta(self, metadata: object) -> None:
         self._shelf.note("bind_connector_meta")
         super().bind_connector_meta(metadata)
+        self._has_loaded = False
+        self._later += self._metadata.later
+
+    def _load(self, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            self._pools[copy.group][copy.block_id] = self._shelf.blocks[copy.group, copy.content]
+
+    def _save(self, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            self._shelf.blocks.setdefault((copy.group, copy.content), self._pools[copy.group][copy.block_id].clone())
 
     def start_load_kv(self, stream: Any) -> None:
         self._shelf.note("start_load_kv")
-        for group, content, block_id in self._metadata.loads:
-            self._pools[group][block_id] = self._shelf.blocks[group, content]
+        self._load(self._metadata.loads)
+        self._has_loaded = True
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
         self._shelf.note("wait_for_layer_load", layer_idx)
@@ -185,8 +239,8 @@ class ShelfWorker(KvCacheConnectorWorker):
 
     def wait_for_save(self, stream: Any) -> None:
         self._shelf.note("wait_for_save")
-        for group, content, block_id in self._metadata.saves:
-            self._shelf.blocks.setdefault((group, content), self._pools[group][block_id].clone())
+        if self._has_loaded:  # or else the pass computed on garbage
+            self._save(self._metadata.saves)
 
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
@@ -199,7 +253,13 @@ class ShelfWorker(KvCacheConnectorWorker):
             saved, self._saving = self._saving, []
         if self._shelf.may_end_loads:
             loaded, self._loading = self._loading, []
+            self._load(self._take_later(loaded))
         return saved, loaded
+
+    def _take_later(self, request_ids: list[int]) -> list[Copy]:
+        taken = [copy for copy in self._later if copy.request_id in request_ids]
+        self._later = [copy for copy in self._later if copy.request_id not in request_ids]
+        return taken
 
     def shutdown(self) -> None:
         self._shelf.note("worker.shutdown")

@@ -16,9 +16,11 @@ Every request that has a lease here is in `_matched` or `_running`, and the leas
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from kvferry.blocks import Geometry, GroupKind, Job, Part, Tier
 from kvferry.config import StoreOptions
@@ -26,7 +28,7 @@ from kvferry.connector.api import NO_BLOCK, Request, RequestData, SchedulerOutpu
 from kvferry.observability.metrics import Meter
 from kvferry.offload.metadata import CopyJob, PartCopy, PassMetadata, RequestJob
 from kvferry.store.base import BlockStore
-from kvferry.store.keys import Extras, KeyChain, root_key
+from kvferry.store.keys import KEY_BYTES, Extras, KeyChain, root_key
 
 _MOST_TRIES = 4
 """A match is repeated when what it found was gone or damaged on lower tiers; each try finds less."""
@@ -78,6 +80,11 @@ class _Tracked:
     saves: bool = False
 
 
+def salt_and_adapter(request: Request) -> Extras:
+    """What the connector API says of a request besides its tokens."""
+    return Extras(cache_salt=request.cache_salt, lora_id=request.lora_id)
+
+
 class Planner:
     """Plans for one engine. From `options` it takes what they say of loads."""
 
@@ -87,6 +94,8 @@ class Planner:
         geometry: Geometry,
         tokens_per_block: int,
         options: StoreOptions,
+        *,
+        extras_of: Callable[[Request], Extras] = salt_and_adapter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert geometry.chunk_tokens % tokens_per_block == 0
@@ -99,6 +108,7 @@ class Planner:
         self._chunk_bytes = sum(group.part_bytes for group in geometry.groups)
         self._has_windows = any(group.kind is not GroupKind.FULL for group in geometry.groups)
         self._options = options
+        self._extras_of = extras_of
         self._clock = clock
         self._matched: dict[int, _Tracked] = {}
         self._running: dict[int, _Tracked] = {}
@@ -107,16 +117,20 @@ class Planner:
         self._lost_loads: list[int] = []
         self._cancelled: list[int] = []
 
-    def match(self, request: Request, num_computed_tokens: int) -> Offer:
-        """What of this request after the first `num_computed_tokens` is leased for it."""
+    def match(self, request: Request, num_computed_tokens: int, *, may_load: bool = True) -> Offer:
+        """What of this request after the first `num_computed_tokens` is leased for it: nothing, unless `may_load`."""
+        known = self._matched.get(request.request_id) or self._running.get(request.request_id)
         self._forget(request.request_id)
         while len(self._matched) >= _MOST_UNALLOCATED:
             self._forget(next(iter(self._matched)))
-        extras = Extras(cache_salt=request.cache_salt, lora_id=request.lora_id)
-        chain = KeyChain(self._root, self._geometry.chunk_tokens, extras)
-        chain.extend(request.get_tokens(0))
+        tokens = request.get_tokens(0)
+        if known is not None and known.request is request and self._still_names(known.chain, len(tokens)):
+            chain = known.chain  # It still waits for room, or was preempted: its tokens are hashed once.
+        else:
+            chain = KeyChain(self._root, self._geometry.chunk_tokens, self._extras_of(request))
+        chain.extend(tokens[chain.num_tokens :])
         tracked = self._matched[request.request_id] = _Tracked(request, chain)
-        if num_computed_tokens % self._tokens_per_block == 0:  # the API has no name for part of a block
+        if may_load and num_computed_tokens % self._tokens_per_block == 0:  # the API has no name for part of a block
             tracked.load = self._lease(chain, num_computed_tokens)
         return Offer(tracked.load.num_tokens, tracked.load.is_async) if tracked.load else Offer()
 
@@ -178,10 +192,18 @@ class Planner:
             self._lost_loads.remove(request_id)
         return tracked is not None and tracked.saves
 
+    def disown(self) -> None:
+        """What was kept until now is not this engine's any more, and what it keeps from now on is nobody else's: its
+        weights are no longer those that the geometry names. Requests under way are not kept."""
+        self._root = sha256(self._root + os.urandom(KEY_BYTES)).digest()
+
     def close(self) -> None:
         """Give back every lease."""
         for request_id in [*self._matched, *self._running]:
             self._forget(request_id)
+
+    def _still_names(self, chain: KeyChain, num_tokens: int) -> bool:
+        return chain.root == self._root and chain.num_tokens <= num_tokens
 
     def _forget(self, request_id: int) -> None:
         for requests in (self._matched, self._running):
@@ -322,6 +344,8 @@ class Planner:
         end = computed + data.num_scheduled_tokens
         num_chunks = end // chunk_tokens
         if data.request_id in metadata.lost_loads or num_chunks <= tracked.num_chunks:
+            return
+        if tracked.chain.root != self._root:
             return
         if end > tracked.chain.num_tokens or not self._are_followed(tracked.block_ids, num_chunks):
             # A pass was missed, or blocks are of a kind that we do not know: which KV is where would be a guess.

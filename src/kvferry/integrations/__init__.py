@@ -1,0 +1,1 @@
+"""Where kvferry and other projects' engines meet."""

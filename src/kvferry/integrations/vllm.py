@@ -1,0 +1,239 @@
+"""kvferry as a KV connector of vLLM, 0.26 to 0.32: vLLM's hooks, each answered by the half that it concerns.
+
+`kv_connector: KVFerryConnector`, registered by `vllm_plugin`; options in `kv_connector_extra_config` or KVFERRY_*.
+Types are translated here and in the halves, and nothing is decided. A hook that raises is logged and a miss: vLLM goes
+on as if kvferry were not there, as it does where the model's cache is of a kind that is not known.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import torch
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+
+from kvferry.config import StoreOptions, load_options
+from kvferry.integrations.vllm_identity import engine_identity
+from kvferry.integrations.vllm_layout import CacheGroup, read_groups, read_layouts
+from kvferry.integrations.vllm_messages import FerryMetadata, FerryWorkerMetadata
+from kvferry.integrations.vllm_scheduler import SchedulerHalf
+from kvferry.integrations.vllm_stores import Engine
+from kvferry.integrations.vllm_worker import WorkerHalf
+from kvferry.observability.log import OnceLog, set_level
+from kvferry.transfer.layout import UnknownLayout
+
+logger = logging.getLogger(__name__)
+
+_REGISTRATION_SECONDS: Final = 15.0
+"""Longest that the start waits for the workers. Afterwards kvferry joins in when they are there."""
+
+T = TypeVar("T")
+
+
+class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
+    """One object in vLLM's scheduler, one in each worker. ConfigError: an option is wrong."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._log = OnceLog(logger)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+        groups = read_groups(kv_cache_config)
+        why_not = groups.reason if isinstance(groups, UnknownLayout) else _unsupported(vllm_config)
+        options = load_options(extra)
+        set_level(options.log_level)
+        if why_not is not None:
+            self._warn(why_not)
+            return
+        assert not isinstance(groups, UnknownLayout)
+        self._groups: list[CacheGroup] = groups
+        options = _fit(options, groups)
+        transfer = vllm_config.kv_transfer_config
+        parallel = vllm_config.parallel_config
+        backend = parallel.distributed_executor_backend
+        engine = Engine(
+            engine_id=transfer.engine_id,
+            rank=parallel.rank,
+            num_ranks=parallel.world_size,
+            is_one_process=parallel.world_size == 1 and backend in {"uni", None},
+        )
+        if role is KVConnectorRole.WORKER:
+            self._worker = WorkerHalf(engine, options)
+            return
+        # A load that fails is computed. vLLM's own default is to fail the request, and it asks after this constructor.
+        transfer.kv_load_failure_policy = "recompute"
+        block = groups[0].tokens_per_block
+        self._scheduler = SchedulerHalf(
+            engine, options, block, may_load=transfer.is_kv_consumer, may_store=transfer.is_kv_producer
+        )
+        if not self._scheduler.wait_for_workers(_REGISTRATION_SECONDS):
+            logger.warning("kvferry's workers have not registered yet: nothing is kept until they have")
+
+    @property
+    def prefer_cross_layer_blocks(self) -> bool:
+        """One copy a block instead of one a layer, in versions that ask. Only read where the cache is of one kind."""
+        return self._worker is not None
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """What is not saved is computed again."""
+        return False
+
+    # -- scheduler -----------------------------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self._scheduler is None:
+            return 0, False
+        return self._answer(partial(self._scheduler.match, request, num_computed_tokens), (0, False))
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._scheduler is not None:
+            block_ids = blocks.get_block_ids()
+            self._answer(partial(self._scheduler.allocated, request, block_ids, num_external_tokens), None)
+
+    def build_connector_meta(self, scheduler_output: Any) -> FerryMetadata:
+        if self._scheduler is None:
+            return FerryMetadata()
+        return self._scheduler.step(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        if self._scheduler is not None:
+            told = connector_output.kv_connector_worker_meta
+            failed = told.failed if isinstance(told, FerryWorkerMetadata) else set()
+            self._scheduler.take_in(connector_output.finished_sending or (), failed)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduler is not None and self._scheduler.finished(request), None
+
+    def has_pending_block_frees(self) -> bool:
+        return self._scheduler is not None and self._scheduler.holds_blocks
+
+    def reset_cache(self) -> bool | None:
+        if self._scheduler is not None:
+            self._scheduler.disown()
+        return True
+
+    # -- worker --------------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._register(kv_caches, self._block_dim)
+
+    def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: type[Any]) -> None:
+        (group,) = self._groups
+        dim = 1 + attn_backend.get_kv_cache_block_dim(
+            group.tokens_per_block, group.specs[0].num_kv_heads, group.specs[0].head_size
+        )
+        by_layer = kv_cache.unbind(0)
+        self._register(dict(zip(group.names, by_layer, strict=True)), lambda *_: dim - 1)
+
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        if self._worker is not None:
+            self._worker.release_preempted(kv_connector_metadata)
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.bind(connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.start_loads(_stream())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """A request is not in a pass before all of its load has ended."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """All layers of a block are saved together after the pass."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.start_saves(_stream())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return self._worker.take_finished() if self._worker is not None else (None, None)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """How versions that have it learn of failed loads, by request."""
+        results = super().get_transfer_results(finished_req_ids)
+        if self._worker is not None:
+            results.failed_recving = self._worker.failed_loads()
+        return results
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """How older versions learn of them, by block."""
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> FerryWorkerMetadata | None:
+        failed = self._worker.take_failed() if self._worker is not None else set()
+        return FerryWorkerMetadata(failed) if failed else None
+
+    def shutdown(self) -> None:
+        for half in (self._worker, self._scheduler):
+            if half is not None:
+                half.shutdown()
+        self._worker = self._scheduler = None
+
+    def _register(self, caches: Mapping[str, Any], block_dim: Callable[[str, Any], int]) -> None:
+        if self._worker is None:
+            return
+        num_blocks = self._kv_cache_config.num_blocks
+        unknown: Callable[[], Any] = partial(UnknownLayout, "reading it broke off")
+        layouts = self._answer(partial(read_layouts, self._groups, caches, num_blocks, block_dim), unknown())
+        if isinstance(layouts, UnknownLayout):
+            self._warn(layouts.reason)
+            return
+        self._worker.register(self._groups, layouts, partial(engine_identity, self._vllm_config, vllm.__version__))
+
+    def _block_dim(self, name: str, spec: Any) -> int:
+        """Newer versions register `[blocks, heads, tokens, content]`; in older ones the attention backend decides."""
+        backend = self._vllm_config.compilation_config.static_forward_context[name].get_attn_backend()
+        if not hasattr(backend, "get_kv_cache_block_dim") or not hasattr(spec, "num_kv_heads"):
+            return 0
+        cache_dtype = self._vllm_config.cache_config.cache_dtype
+        dim = backend.get_kv_cache_block_dim(
+            spec.block_size, spec.num_kv_heads, spec.head_size, cache_dtype_str=cache_dtype
+        )
+        return int(dim)
+
+    # -- both ----------------------------------------------------------------------------------------------------------
+
+    def _answer(self, hook: Callable[[], T], otherwise: T) -> T:
+        try:
+            return hook()
+        except Exception:  # the hook's boundary
+            if self._log.warn(hook, "kvferry: a hook failed, which is a miss"):
+                logger.exception("the first such failure")
+            return otherwise
+
+    def _warn(self, reason: str) -> None:
+        logger.warning("KV is not kept beyond vLLM's pool: %s", reason)
+
+
+def _stream() -> Any:
+    return torch.cuda.current_stream() if torch.cuda.is_available() else None
+
+
+def _fit(options: StoreOptions, groups: list[CacheGroup]) -> StoreOptions:
+    """Chunks of whole blocks: vLLM chooses the size of blocks, of hybrid models by the size of their states."""
+    block = groups[0].tokens_per_block
+    return replace(options, chunk_tokens=-(-options.chunk_tokens // block) * block)
+
+
+def _unsupported(vllm_config: Any) -> str | None:
+    """Why nothing can be kept with this configuration, if so."""
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            return f"{name} is {getattr(parallel, name)}"
+    return None

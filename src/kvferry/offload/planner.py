@@ -36,6 +36,9 @@ _MOST_TRIES = 4
 _MOST_UNALLOCATED = 1024
 """Requests that were matched and never heard of again are forgotten, the oldest first, beyond this many."""
 
+_OFFER_SECONDS = 5.0
+"""How long a request that is asked about in each step, as there is no room for it, keeps its offer."""
+
 BlockIds = Sequence[Sequence[int]]
 """A request's blocks in the order of its tokens, one list a layer group."""
 
@@ -50,13 +53,15 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """A leased load of tokens `start` to `end`. tiers[i]: where chunk i was found."""
+    """A leased load of tokens `start` to `end`. tiers[i]: where chunk i was found. offered_until: when it is to be
+    looked for again, long before its lease ends."""
 
     job: Job
     start: int
     end: int
     tiers: tuple[Tier, ...]
     is_async: bool
+    offered_until: float
 
     @property
     def num_tokens(self) -> int:
@@ -120,6 +125,9 @@ class Planner:
     def match(self, request: Request, num_computed_tokens: int, *, may_load: bool = True) -> Offer:
         """What of this request after the first `num_computed_tokens` is leased for it: nothing, unless `may_load`."""
         known = self._matched.get(request.request_id) or self._running.get(request.request_id)
+        if known is not None and may_load and self._still_leases(known, request, num_computed_tokens):
+            assert known.load is not None
+            return Offer(known.load.num_tokens, known.load.is_async)
         self._forget(request.request_id)
         while len(self._matched) >= _MOST_UNALLOCATED:
             self._forget(next(iter(self._matched)))
@@ -202,6 +210,17 @@ class Planner:
         for request_id in [*self._matched, *self._running]:
             self._forget(request_id)
 
+    def _still_leases(self, known: _Tracked, request: Request, num_computed_tokens: int) -> bool:
+        """Whether a request that waits for room can have the offer that it had a moment ago."""
+        load = known.load
+        return (
+            known.request is request
+            and load is not None
+            and load.start == num_computed_tokens
+            and self._clock() < load.offered_until
+            and request.request_id in self._matched
+        )
+
     def _still_names(self, chain: KeyChain, num_tokens: int) -> bool:
         return chain.root == self._root and chain.num_tokens <= num_tokens
 
@@ -240,7 +259,7 @@ class Planner:
             if job is not None:
                 is_async = self._leaves_batch(job, end - start)
                 if job.ready or is_async or self._is_ready_by(job.job_id, deadline):
-                    return _Load(job, start, end, match.tiers, is_async)
+                    return _Load(job, start, end, match.tiers, is_async, self._clock() + _OFFER_SECONDS)
         return None
 
     def _leaves_batch(self, job: Job, num_tokens: int) -> bool:

@@ -1,6 +1,6 @@
 """Copies between GPU memory and a shared-memory arena by size of page, beside one plain copy of pinned memory.
 
-Pages in random or sequential order, to the GPU, from it, and both at once; rounds are interleaved, medians are shown.
+In random or sequential order, to the GPU, from it, and both at once; rounds are interleaved, medians are shown.
 The bars: from 64 KiB pages on 95 % of the plain copy each way; below, 88 % to the GPU and 80 % from it; both ways
 together at least 1.5 times one. Needs a CUDA device.
 """
@@ -12,6 +12,7 @@ import json
 import mmap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,15 +24,13 @@ from kvferry.transfer.copy import Copier, CopyEngine
 from kvferry.transfer.layout import Layout, read_regions
 from kvferry.transfer.plan import Direction, PartBlocks
 
-KIB = 1024
-PAGE_BYTES = [4 * KIB, 8 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB, 512 * KIB, 2048 * KIB]
-NUM_REGIONS = 16
+PAGE_KIB = [4, 8, 16, 32, 64, 128, 512, 2048]
+NUM_REGIONS = 64
 BLOCKS_PER_PART = 16
 WAYS = {Direction.TO_POOL: "to the GPU", Direction.FROM_POOL: "from the GPU"}
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
     start = time.perf_counter()
     work()
     torch.cuda.synchronize()
@@ -42,12 +41,11 @@ class Scene:
     """Pools of one page size, and parts of the arena that hold half of them."""
 
     def __init__(self, page_bytes: int, num_bytes: int, copier: Copier, *, in_order: bool) -> None:
-        num_copied = num_bytes // (page_bytes * NUM_REGIONS) // BLOCKS_PER_PART * BLOCKS_PER_PART
-        self.num_bytes = num_copied * page_bytes * NUM_REGIONS
+        num_copied = num_bytes // (page_bytes * NUM_REGIONS)  # a multiple of BLOCKS_PER_PART
         pools = [torch.empty(2 * num_copied, page_bytes, dtype=torch.uint8, device="cuda") for _ in range(NUM_REGIONS)]
         layout = read_regions([(pool, (layer,)) for layer, pool in enumerate(pools)], 1, "benchmark")
         assert isinstance(layout, Layout)
-        self.engine = CopyEngine(layout, copier, BLOCKS_PER_PART)
+        self.engine, self.threads = CopyEngine(layout, copier, BLOCKS_PER_PART), ThreadPoolExecutor(2)
         blocks, slots = np.arange(2 * num_copied), np.arange(num_copied // BLOCKS_PER_PART)
         if not in_order:
             rng = np.random.default_rng(page_bytes)
@@ -64,8 +62,8 @@ class Scene:
         }
 
     def run(self, *ways: Direction) -> None:
-        for copy in [self.engine.submit(way, self.parts[way]) for way in ways]:
-            copy.wait()
+        """Each way from a thread of its own, as loads and saves are."""
+        list(self.threads.map(lambda way: self.engine.submit(way, self.parts[way]).wait(), ways))
 
 
 def measure(num_bytes: int, num_rounds: int) -> list[dict[str, Any]]:
@@ -77,7 +75,7 @@ def measure(num_bytes: int, num_rounds: int) -> list[dict[str, Any]]:
     pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     plain = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
     rows = []
-    for page_bytes in PAGE_BYTES:
+    for page_bytes in (kib << 10 for kib in PAGE_KIB):
         for in_order in (False, True):
             scene = Scene(page_bytes, num_bytes, copier, in_order=in_order)
             works: dict[str, Callable[[], Any]] = {
@@ -93,8 +91,8 @@ def measure(num_bytes: int, num_rounds: int) -> list[dict[str, Any]]:
                     taken = seconds(work)
                     if turn:  # the first round warms up
                         times[name].append(taken)
-            of = {name: (num_bytes if "plain" in name else scene.num_bytes) / 1e9 for name in works}
-            rate = {name: of[name] * (2 if name == "both" else 1) / median(taken) for name, taken in times.items()}
+            moved = {name: num_bytes / 1e9 * (1 + (name == "both")) for name in works}
+            rate = {name: moved[name] / median(taken) for name, taken in times.items()}
             shares = {way: rate[way] / rate[f"plain {way}"] for way in WAYS.values()}
             shares["both"] = rate["both"] / min(rate[way] for way in WAYS.values())
             rows.append({"page_bytes": page_bytes, "in_order": in_order, "gb_per_second": rate, "shares": shares})
@@ -103,17 +101,17 @@ def measure(num_bytes: int, num_rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=2.0, help="copied at once in each direction (default: 2)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = measure(int(arguments.gb * 2**30), arguments.rounds)
     print(f"{torch.cuda.get_device_name()}; GB/s, and of a plain pinned copy (both: of the slower way alone)")
     for row in rows:
         cells = [f"{row['gb_per_second'][name]:5.1f} {share:4.0%}" for name, share in row["shares"].items()]
         order = "sequential" if row["in_order"] else "random"
-        print(f"{row['page_bytes'] // KIB:5d} KiB {order:10s}  to {cells[0]}   from {cells[1]}   both {cells[2]}")
+        print(f"{row['page_bytes'] >> 10:5d} KiB {order:10s}  to {cells[0]}   from {cells[1]}   both {cells[2]}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows))
 

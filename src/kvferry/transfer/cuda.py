@@ -22,8 +22,9 @@ import numpy.typing as npt
 import torch
 
 from kvferry.observability.log import OnceLog
-from kvferry.transfer import kernels
+from kvferry.transfer import tuning
 from kvferry.transfer.host import move
+from kvferry.transfer.kernels import SmallCopies, Tuning
 from kvferry.transfer.plan import Addresses, Direction, Plan
 
 logger = logging.getLogger(__name__)
@@ -220,7 +221,10 @@ class CudaCopier:
         self.streams = {way: torch.cuda.Stream(device) for way in Direction}  # type: ignore[no-untyped-call]
         self._runtime = Runtime(device)
         self._pieces = PinnedPieces(self._runtime, arena.data_ptr(), arena.numel())
-        self._kernel = kernels.SmallCopies(device, kernels.Tuning())
+        self._device = device
+        self._kernel = SmallCopies(device)
+        self._tuning = Tuning()
+        self._tuner: threading.Thread | None = None
         self._lock = threading.Lock()
         self._stages: list[tuple[torch.Tensor, Any]] = []
 
@@ -232,7 +236,8 @@ class CudaCopier:
         host = plan.sources if direction is Direction.TO_POOL else plan.destinations
         pinned = self._pieces.split(host)
         direct, staged = plan.only(pinned), plan.only(~pinned)
-        if not self._kernel.copy(direct, stream):
+        self._tune_for(direct)
+        if not self._kernel.copy(direct, stream, self._tuning):
             self._runtime.copy(direct, direction, stream)
         if len(staged.sizes):
             with self._lock, torch.cuda.stream(stream):
@@ -242,6 +247,8 @@ class CudaCopier:
         """Wait for what was enqueued. Calling it again does nothing."""
         for stream in self.streams.values():
             stream.synchronize()
+        if self._tuner is not None:
+            self._tuner.join()
         self._pieces.close()
         self._stages.clear()
 
@@ -249,6 +256,19 @@ class CudaCopier:
         """Register the whole arena now; for benchmarks and tests. False: it took longer."""
         self._pieces.want(list(range(len(self._pieces))))
         return self._pieces.wait(seconds)
+
+    def _tune_for(self, plan: Plan) -> None:
+        """Begin to measure, once, when first there are pages that either way might be the better one for."""
+        if self._tuner is None and plan.num_bytes < len(plan.sizes) * tuning.LARGEST_IN_DOUBT_BYTES:
+            self._tuner = threading.Thread(target=self._tune, name="kvferry-tune", daemon=True)
+            self._tuner.start()
+
+    def _tune(self) -> None:
+        try:
+            self._runtime.use_device()
+            self._tuning = tuning.find(self._device, self._kernel, self._runtime.copy)
+        except Exception:  # the thread's boundary: copies go on as they are
+            logger.warning("ways to copy could not be compared; the usual choice stays", exc_info=True)
 
     def _copy_staged(self, plan: Plan, direction: Direction, stream: Any) -> None:
         """Through two pinned buffers in turn."""

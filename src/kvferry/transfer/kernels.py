@@ -61,45 +61,38 @@ class Tuning:
 class SmallCopies:
     """Enqueues the kernel on one device. Thread-safe."""
 
-    def __init__(self, device: torch.device, tuning: Tuning) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._tuning = tuning
         self._works = triton is not None
         self._log = OnceLog(logger)
         self._lock = threading.Lock()
         self._lists: list[_AddressList] = []
 
-    def copy(self, plan: Plan, stream: Any) -> bool:
+    def copy(self, plan: Plan, stream: Any, tuning: Tuning) -> bool:
         """Whether these copies between the device and pinned memory are the kernel's, and are enqueued."""
         num_copies = len(plan.sizes)
-        if not (self._works and num_copies and plan.num_bytes < num_copies * self._tuning.kernel_below_bytes):
+        if not (self._works and num_copies and plan.num_bytes < num_copies * tuning.kernel_below_bytes):
             return False
-        if (
-            int(
-                np.bitwise_or.reduce(
-                    [np.bitwise_or.reduce(side) for side in (plan.sources, plan.destinations, plan.sizes)]
-                )
-            )
-            % WORD_BYTES
-        ):
+        sides = (plan.sources, plan.destinations, plan.sizes)
+        if any(int(np.bitwise_or.reduce(side)) % WORD_BYTES for side in sides):
             return False
         try:
             with self._lock:
-                self._launch(plan, num_copies, stream)
+                self._launch(plan, num_copies, stream, tuning.num_programs)
         except Exception as error:  # noqa: BLE001 - compilers raise whatever they like, and copy engines can do it too
             self._works = False
             self._log.warn("kernel", "small pages are copied by the copy engines, which is slower: %r", error)
             return False
         return True
 
-    def _launch(self, plan: Plan, num_copies: int, stream: Any) -> None:
+    def _launch(self, plan: Plan, num_copies: int, stream: Any, num_programs: int) -> None:
         addresses = next((each for each in self._lists if each.is_free(num_copies)), None)
         if addresses is None:
             addresses = _AddressList(self._device, num_copies)
             self._lists.append(addresses)
         with torch.cuda.stream(stream):
             destinations, sources, sizes = addresses.send(plan)
-            grid = (min(self._tuning.num_programs, num_copies),)
+            grid = (min(num_programs, num_copies),)
             _move[grid](destinations, sources, sizes, num_copies, WORDS=_WORDS, num_warps=_NUM_WARPS)
             addresses.busy_until(stream)
 

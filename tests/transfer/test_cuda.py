@@ -1,15 +1,19 @@
-"""Copies on a CUDA device while it computes: every byte arrives, in both directions, whatever is slow."""
+"""Copies on a CUDA device: every byte arrives, whatever else runs there, and by every way that copies can take."""
 
 from __future__ import annotations
 
 import mmap
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+from kvferry.transfer import tuning
 from kvferry.transfer.copy import Copier, CopyEngine, mark
+from kvferry.transfer.cuda import CudaError, Runtime
+from kvferry.transfer.kernels import SmallCopies
 from kvferry.transfer.layout import Layout, read_regions
 from kvferry.transfer.plan import Direction, PartBlocks
 
@@ -67,3 +71,41 @@ def test_bytes_stay_right_while_the_device_computes(page_bytes: int, arena: memo
         copied += 2 * BLOCKS_PER_PART * NUM_LAYERS
     copier.close()
     assert int(wrong) == 0
+
+
+@pytest.mark.parametrize("broken", ["batch", "kernel", "register"])
+def test_a_way_that_fails_is_replaced_by_the_next_and_named_once(
+    broken: str, arena: memoryview, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise CudaError("out of order")
+
+    way = {"batch": (Runtime, "_copy_batch"), "kernel": (SmallCopies, "_launch"), "register": (Runtime, "register")}
+    monkeypatch.setattr(*way[broken], fail)
+    pool = torch.randint(0, 255, (64, 4096 if broken == "kernel" else 1 << 17), dtype=torch.uint8, device="cuda")
+    layout = read_regions([(pool, (0,))], 1, "test")
+    assert isinstance(layout, Layout)
+    copier = Copier(torch.device("cuda", 0), arena)
+    assert copier.cuda is not None
+    assert copier.cuda.pin(30)
+    engine = CopyEngine(layout, copier, 16)
+    now = mark(torch.cuda.current_stream())
+    kept = pool.clone()
+    for _ in range(2):
+        engine.submit(Direction.FROM_POOL, [PartBlocks(0, 0, range(1, 33, 2))], now).wait()
+        engine.submit(Direction.TO_POOL, [PartBlocks(0, 0, range(32, 64, 2))], now).wait()
+    copier.close()
+    assert torch.equal(pool[32:64:2], kept[1:33:2])
+    assert torch.equal(pool[1:32:2], kept[1:32:2])
+    said = [record.message for record in caplog.records if "slow" in record.message]
+    assert len(said) == 1
+
+
+def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
+    device = torch.device("cuda", 0)
+    kernel, runtime = SmallCopies(device), Runtime(device)
+    found = tuning.find(device, kernel, runtime.copy)
+    assert 0 < found.kernel_below_bytes <= tuning.LARGEST_IN_DOUBT_BYTES
+    monkeypatch.setattr(tuning, "_measure", None)
+    assert tuning.find(device, kernel, runtime.copy) == found

@@ -1,10 +1,12 @@
-"""Identical tokens, wherever the KV comes from: nowhere, the pool, memory, or disk in a process that never saw it."""
+"""Identical tokens, wherever the KV comes from: nowhere, the pool, memory, a cache server that other engines filled, or
+disk in a process that never saw it."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, RequestOutput, SamplingParams
 from kvferry.testing.models import FAMILIES, make_model
+from kvferry.testing.servers import ServerProcess
 
 from .engine.conftest import make_prompt
 
@@ -114,6 +117,28 @@ def test_tokens_are_the_same_cold_from_pool_and_from_memory(
             else:
                 assert found == (0, can_be_loaded(length, family))
         llm.check()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("server")
+    with ServerProcess(folder, "--chunk-size", str(CHUNK), "--l1-size-gb", "0.02") as server:
+        yield server
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_the_same_from_a_cache_server_that_another_engine_filled(
+    family: str, root: Path, expected: dict[str, list[list[int]]], server: ServerProcess
+) -> None:
+    for chunked in (False, True):
+        config = KvCacheConnectorConfig(
+            connector="kvferry-server", server_url=server.url, options={"chunk_tokens": CHUNK}
+        )
+        with make_llm(root / family, chunked=chunked, connector=config, reuse=False) as llm:
+            outputs = [llm.generate(prompt, PARAMS) for prompt in PROMPTS]
+        assert [tokens(output) for output in outputs] == expected[family]
+        found = [output.metrics.num_connector_tokens for output in outputs]
+        assert found == ([can_be_loaded(length, family) for length in LENGTHS] if chunked else [0] * len(LENGTHS))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
@@ -23,7 +24,7 @@ from kvferry.errors import ConfigError
 ENVIRONMENT_PREFIX = "KVFERRY_"
 CONFIG_FILE_VARIABLE = "KVFERRY_CONFIG_FILE"
 
-_FOLDERS = frozenset({"arena_dir", "disk_path"})
+_PATHS = frozenset({"arena_dir", "disk_path", "client_secret"})
 """Options in which `~` means the user's home."""
 
 
@@ -37,7 +38,7 @@ def option(default: Any, description: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
-    """Options of the store and of the preset `kvferry`.
+    """Options of the store and of the presets `kvferry` and `kvferry-server`.
 
     Set by argument, by `KVFERRY_<NAME>` or in the YAML file that KVFERRY_CONFIG_FILE names: the first that sets an
     option wins (`load_options`). ConfigError: a value of another type or out of range.
@@ -56,6 +57,12 @@ class StoreOptions:
     async_load_bytes: int = option(64_000_000, "bytes on one rank from which on a load is large", ge=0)
     load_deadline_seconds: float = option(2.0, "longest that a request waits for lower tiers; then it computes", ge=0)
     close_deadline_seconds: float = option(10.0, "longest that closing waits for writes to lower tiers", ge=0)
+    server_url: str | None = option(None, "where the cache server is; default a socket in the user's runtime folder")
+    server_key: str | None = option(None, "the cache server's public key, or a file that holds it; for TCP with keys")
+    client_secret: str | None = option(None, "file of the key by which the cache server knows this client")
+    connect_deadline_seconds: float = option(0.5, "longest that an engine's start waits for the cache server", ge=0)
+    match_deadline_seconds: float = option(0.02, "longest that a request waits for a server to say what it has", gt=0)
+    job_deadline_seconds: float = option(0.05, "longest that a request waits for a server to lease memory", gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = option("warning", "level of the logger `kvferry`")
 
     def __post_init__(self) -> None:
@@ -176,6 +183,14 @@ def read_engine_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _convert_all(EngineOptions, _read_yaml(Path(path).expanduser()), f"in {path}")
 
 
+def default_server_url(environ: Mapping[str, str] | None = None) -> str:
+    """The user's own cache server: a socket in the folder that the system made for the user, or a folder like it."""
+    environ = os.environ if environ is None else environ
+    folder = environ.get("XDG_RUNTIME_DIR")
+    private = Path(folder, "kvferry") if folder else Path(tempfile.gettempdir(), f"kvferry-{os.getuid()}")
+    return f"ipc://{private / 'server.sock'}"
+
+
 def _environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Option name to (variable, text). A variable that is set but empty counts as not set."""
     found = {
@@ -245,7 +260,7 @@ def _convert(cls: Any, name: str, value: Any, where: str, *, strict: bool = True
         raise ConfigError(f"option {name!r} {where} is {value!r}: {reason}") from error
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ConfigError(f"option {name!r} {where} is {value!r}: expected a finite number")
-    return str(Path(converted).expanduser()) if name in _FOLDERS and converted else converted
+    return str(Path(converted).expanduser()) if name in _PATHS and converted else converted
 
 
 @cache

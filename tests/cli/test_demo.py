@@ -40,12 +40,13 @@ def test_every_place_gives_the_same_tokens(tiny_model: Path, tmp_path: Path) -> 
     results = demo._run_steps(setting, Console(quiet=True))
     assert [step.name for step in results] == list(demo.STEPS)
     assert all(step.is_same for step in results)
-    cold, pool, memory, disk = (step.answer for step in results)
+    cold, pool, memory, disk, server = (step.answer for step in results)
     assert cold.num_computed_tokens == cold.num_prompt_tokens
     assert pool.num_pool_tokens >= 256
-    assert memory.num_memory_tokens == disk.num_disk_tokens >= 256
+    assert memory.num_memory_tokens == disk.num_disk_tokens == server.num_memory_tokens >= 256
     assert memory.num_memory_tokens + memory.num_computed_tokens == memory.num_prompt_tokens
     assert disk.num_disk_tokens + disk.num_computed_tokens == disk.num_prompt_tokens
+    assert server.num_memory_tokens + server.num_computed_tokens == server.num_prompt_tokens
 
 
 def test_the_chart_is_saved_where_it_is_said(

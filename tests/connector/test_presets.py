@@ -37,7 +37,7 @@ def test_every_preset_resolves_to_its_classes(name: str) -> None:
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(UnknownPresetError, match=r"'kvfery'; known: kvferry, persistent") as caught:
+    with pytest.raises(UnknownPresetError, match=r"'kvfery'; known: kvferry, kvferry-server, persistent") as caught:
         resolve(KvCacheConnectorConfig(connector="kvfery"))
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, ConnectorError)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from kvferry.blocks import Slot
 from kvferry.engine.sequence import SequenceStatus
-from kvferry.offload import embedded
+from kvferry.store import assembly
 from kvferry.store.disk import DiskStore
 from kvferry.testing.fake_engine import FakeEngine
 from kvferry.testing.faults import FaultyByteStore
@@ -33,7 +34,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultyByteStore]]
         made.append(FaultyByteStore(DiskStore(*arguments)))
         return made[-1]
 
-    monkeypatch.setattr(embedded, "DiskStore", make)
+    monkeypatch.setattr(assembly, "DiskStore", make)
     yield made
     for backend in made:
         backend.gate.set()
@@ -181,6 +182,41 @@ def test_a_window_s_blocks_are_saved_before_the_pass_ends(
     timer.join()
     engine.settle()
     check_idle(engine)
+
+
+def test_slots_of_a_save_under_way_are_nobody_else_s_whatever_the_store_believes(
+    make_engine: MakeEngine, held_copies: threading.Event
+) -> None:
+    """The store takes the engine for dead while it copies."""
+    engine = make_engine(num_blocks=256, args=NO_REUSE)
+    store = store_of(engine)
+    held_copies.clear()
+    saving = engine.add(prompt(100), max_tokens=2)
+    while not saving.is_finished:
+        engine.step()
+    wait_until(lambda: any(store.mapping.is_written(slot) for slot in reserved_slots(engine)))
+    store.release("local")
+    store.check()
+    num_withdrawn = store.stats()["slots_withdrawn"]
+    assert num_withdrawn > 0
+    assert not reserved_slots(engine)
+    held_copies.set()
+    engine.settle()
+    wait_until(lambda: store.poll() is not None and not store.stats()["slots_withdrawn"])
+    assert engine.run(prompt(100), max_tokens=2).num_connector_matched_tokens == 0
+    check_idle(engine)
+
+
+def reserved_slots(engine: FakeEngine) -> list[Slot]:
+    return [slot for entry in store_of(engine)._index for slot in entry.slots]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(10_000):
+        if condition():
+            return
+        threading.Event().wait(0.001)
+    raise AssertionError("it did not come about")
 
 
 @pytest.mark.parametrize("during", ["load", "save"])

@@ -35,7 +35,7 @@ def check_idle(engine: FakeEngine) -> None:
     store, worker = store_of(engine), engine.manager.worker
     while worker._beside.saves or worker._beside.loads:  # type: ignore[attr-defined]
         worker._beside.take_in(worker._mover.take_ended())  # type: ignore[attr-defined]
-    assert store.stats()["leases"] == store.stats()["leases_lapsed_writing"] == 0
+    assert store.stats()["leases"] == store.stats()["slots_withdrawn"] == 0
     store.check()
 
 

@@ -18,7 +18,7 @@ from kvferry.blocks import Slot
 from kvferry.errors import ArenaError
 from kvferry.store.arena import COMMITTED, FREE, RESERVED, Arena, SlotHeader
 
-SLAB_BYTES = 64 << 10
+UNIT_BYTES = (16 << 10) + 4096
 MakeArena = Callable[..., Arena]
 
 
@@ -28,7 +28,6 @@ def make_arena(tmp_path: Path) -> Iterator[MakeArena]:
 
     def make(num_bytes: int = 1 << 20) -> Arena:
         made.append(Arena.create(num_bytes, str(tmp_path / "arenas")))
-        made[-1].cut(SLAB_BYTES)
         return made[-1]
 
     yield make
@@ -62,25 +61,24 @@ def test_an_open_or_foreign_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_what_is_claimed_has_memory(make_arena: MakeArena) -> None:
-    arena = make_arena(1 << 24)
+    arena = make_arena()
 
     def occupied() -> int:
         return Path(arena.info.path).stat().st_blocks * 512
 
     before = occupied()
     arena.claim(3)
-    assert occupied() - before == SLAB_BYTES
-    assert before < SLAB_BYTES
+    assert occupied() - before == UNIT_BYTES
+    assert before == 2 * 4096, "superblock and table"
 
 
 def test_a_worker_sees_what_the_owner_wrote(make_arena: MakeArena) -> None:
     owner = make_arena()
     owner.claim(2)
-    offset = owner.format_slab(2, 4096, rank=2)[3]
+    offset = owner.format_slab(2, 1, 4096, rank=2)[3]
     slot = Slot(offset, 4000, 17)
     owner.write_header(slot, header(slot, RESERVED))
     worker = Arena.attach(owner.info)
-    assert worker.slab_bytes == SLAB_BYTES
     assert worker.holds(slot)
     np.frombuffer(worker.view(slot), dtype=np.uint8)[:] = 7
     assert bytes(owner.view(slot)) == b"\7" * 4000
@@ -93,33 +91,55 @@ def test_a_worker_sees_what_the_owner_wrote(make_arena: MakeArena) -> None:
 
 def test_slots_are_aligned_apart_and_contiguous(make_arena: MakeArena) -> None:
     arena = make_arena()
-    for slab, stride in enumerate((64, 640, 4096, 12288)):
-        arena.claim(slab)
-        offsets = arena.format_slab(slab, stride, rank=0)
+    first = 0
+    for num_units, stride in ((1, 64), (1, 640), (2, 4096), (3, 12288), (2, 32768)):
+        for unit in range(first, first + num_units):
+            arena.claim(unit)
+        offsets = arena.format_slab(first, num_units, stride, rank=0)
         assert np.diff(offsets).tolist() == [stride] * (len(offsets) - 1)
         assert offsets[0] % 4096 == 0
         end = offsets[-1] + stride
-        assert arena.slab_of(offsets[0]) == arena.slab_of(end - 1) == slab
-        assert end + stride + 4096 > 4096 + (slab + 1) * SLAB_BYTES
+        assert arena.slab_of(offsets[0]) == arena.slab_of(end - 1) == first
+        assert end + stride + 4096 > 2 * 4096 + (first + num_units) * UNIT_BYTES
+        first += num_units
 
 
-def test_a_slab_cut_anew_forgets_its_slots(make_arena: MakeArena) -> None:
+def test_a_slab_made_anew_forgets_its_slots(make_arena: MakeArena) -> None:
     arena = make_arena()
     arena.claim(0)
-    old = [Slot(offset, 64, 1 + index) for index, offset in enumerate(arena.format_slab(0, 64, rank=0))]
+    arena.claim(1)
+    old = [Slot(offset, 64, 1 + index) for index, offset in enumerate(arena.format_slab(1, 1, 64, rank=0))]
     for slot in old:
         arena.write_header(slot, header(slot, COMMITTED))
     assert all(map(arena.holds, old))
-    arena.format_slab(0, 640, rank=0)
+    arena.free_slab(1, 1)
+    assert not any(map(arena.holds, old))
+    arena.format_slab(0, 2, 640, rank=0)
     assert not any(map(arena.holds, old))
     assert arena.read_header(Slot(old[1].offset, 64, 1)) is None
+
+
+def test_a_slab_has_no_slot_that_its_memory_resembles(make_arena: MakeArena) -> None:
+    arena = make_arena()
+    arena.claim(0)
+    start = arena.unit_offset(0)
+    arena.buffer[start : start + UNIT_BYTES] = b"\2" * UNIT_BYTES
+    slots = [Slot(offset, 640, 0) for offset in arena.format_slab(0, 1, 640, rank=0)]
+    assert {arena.read_header(slot) for slot in slots} == {SlotHeader(0, FREE, 0, 0, 0, 0, *map(bytes, (16, 32, 32)))}
+
+
+def test_an_offset_in_no_slab_has_no_header(make_arena: MakeArena) -> None:
+    arena = make_arena()
+    for offset in (0, 4096, 2 * 4096, 1 << 20, 1 << 40):
+        assert arena.read_header(Slot(offset, 64, 1)) is None
+        assert arena.state_of(Slot(offset, 64, 1)) is None
 
 
 def test_a_header_cut_short_says_free(make_arena: MakeArena, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before its last write, whoever fills a slot leaves it absent."""
     arena = make_arena()
     arena.claim(0)
-    slot = Slot(arena.format_slab(0, 64, rank=0)[0], 64, 5)
+    slot = Slot(arena.format_slab(0, 1, 64, rank=0)[0], 64, 5)
 
     def killed(self: Arena, header_offset: int, state: int) -> None:
         raise KeyboardInterrupt
@@ -148,7 +168,7 @@ def test_a_worker_trusts_only_the_arena_it_was_told_of(
 def test_a_file_that_is_no_arena_is_refused(make_arena: MakeArena) -> None:
     arena = make_arena()
     Path(arena.info.path).write_bytes(bytes(1 << 20))
-    with pytest.raises(ArenaError, match="is no arena of format 1"):
+    with pytest.raises(ArenaError, match="is no arena of format 2"):
         Arena.attach(arena.info)
 
 
@@ -175,7 +195,7 @@ def test_arenas_of_dead_owners_are_removed_and_of_living_ones_kept(make_arena: M
 def test_views_outlive_the_mapping(make_arena: MakeArena) -> None:
     arena = make_arena()
     arena.claim(0)
-    array = np.frombuffer(arena.view(Slot(arena.format_slab(0, 64, rank=0)[0], 64, 1)), dtype=np.uint8)
+    array = np.frombuffer(arena.view(Slot(arena.format_slab(0, 1, 64, rank=0)[0], 64, 1)), dtype=np.uint8)
     arena.close()
     array[:] = 3
     assert array.sum() == 3 * 64
@@ -193,9 +213,8 @@ def test_a_full_file_system_is_an_error_code(tmp_path: Path) -> None:
         pytest.skip("mounting is not allowed here; on a machine where it is, run the tests as root")
     try:
         arena = Arena.create(1 << 20, str(folder))
-        arena.cut(SLAB_BYTES)
         with pytest.raises(OSError, match="No space left") as caught:
-            [arena.claim(slab) for slab in range(arena.num_slabs)]
+            [arena.claim(unit) for unit in range(arena.num_units)]
         assert caught.value.errno == errno.ENOSPC
         arena.close()
     finally:

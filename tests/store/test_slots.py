@@ -13,16 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.blocks import Slot
-from kvferry.store.arena import Arena, slot_stride, slots_per_slab
-from kvferry.store.slots import SlotAllocator, SlotClass, choose_slab_bytes, fits
+from kvferry.store.arena import Arena, slot_stride, slots_in, unit_bytes_of
+from kvferry.store.slots import SlotAllocator, SlotClass, fits, slab_units
 
-SLAB_BYTES = 64 << 10
+ARENA_BYTES = 2 * 4096 + 8 * (4096 + 4096)
+UNIT_BYTES = unit_bytes_of(ARENA_BYTES)
 
 
 @pytest.fixture
 def arena(tmp_path: Path) -> Iterator[Arena]:
-    arena = Arena.create(4096 + 8 * SLAB_BYTES, str(tmp_path))
-    arena.cut(SLAB_BYTES)
+    arena = Arena.create(ARENA_BYTES, str(tmp_path))
+    assert (arena.num_units, arena.unit_bytes) == (8, UNIT_BYTES)
     yield arena
     arena.close()
 
@@ -43,7 +44,7 @@ def take_all(slots: SlotAllocator, num_bytes: int, rank: int = 0) -> list[Slot]:
 
 def test_every_slot_is_its_own_with_a_generation_of_its_own(slots: SlotAllocator) -> None:
     first = take_all(slots, 4096)
-    assert len(first) == 8 * slots_per_slab(SLAB_BYTES, 4096)
+    assert len(first) == 8 * slots_in(UNIT_BYTES, 4096)
     slots.check(first)
     for slot in first[::2]:
         slots.give_back(slot)
@@ -61,8 +62,8 @@ def test_slots_of_one_rank_lie_in_slabs_of_their_own(slots: SlotAllocator, arena
 
 
 def test_neighbours_are_taken_in_order(slots: SlotAllocator) -> None:
-    offsets = [slot.offset for _ in range(10) if (slot := slots.take(4096, 0))]
-    assert offsets == list(range(offsets[0], offsets[0] + 10 * 4096, 4096))
+    offsets = [slot.offset for _ in range(10) if (slot := slots.take(64, 0))]
+    assert offsets == list(range(offsets[0], offsets[0] + 10 * 64, 64))
 
 
 def test_an_empty_slab_serves_another_size(slots: SlotAllocator) -> None:
@@ -70,42 +71,68 @@ def test_an_empty_slab_serves_another_size(slots: SlotAllocator) -> None:
     assert slots.take(64, 0) is None
     for slot in taken[:-1]:
         slots.give_back(slot)
-    assert slots.num_spare == 7
-    assert len(take_all(slots, 64)) == 7 * slots_per_slab(SLAB_BYTES, 64)
+    assert slots.counts()["units_free"] == 7
+    assert len(take_all(slots, 64)) == 7 * slots_in(UNIT_BYTES, 64)
+
+
+def test_a_slot_larger_than_a_unit_lies_in_a_run_of_units(slots: SlotAllocator) -> None:
+    """Neighbours that come free make one run, whoever had them."""
+    small = [slot for slot in take_all(slots, 3000) if slot is not None]
+    assert len(small) == 8
+    assert slots.take(10_000, 0) is None
+    for index in (0, 2, 4, 6):
+        slots.give_back(small[index])
+    assert slots.take(10_000, 0) is None, "room enough, but in pieces"
+    slots.give_back(small[1])
+    large = slots.take(10_000, 0)
+    assert large is not None
+    assert slots.take(10_000, 0) is None
+    slots.check([large, small[3], small[5], small[7]])
+    slots.give_back(large)
+    assert slots.take(4096, 1) is not None
 
 
 def test_room_foresees_what_giving_back_would_bring(slots: SlotAllocator) -> None:
-    large = take_all(slots, 16384)
-    needs = Counter({SlotClass(64, 0): 1, SlotClass(16384, 0): 1})
+    taken = take_all(slots, 4096)
+    per_unit = slots_in(UNIT_BYTES, 4096)
+    needs = Counter({SlotClass(64, 0): 1, SlotClass(12288, 0): 1})
     room = slots.room(needs)
-    for slot in large[:4]:
+    given = [*taken[:per_unit], *taken[2 * per_unit : 4 * per_unit]]
+    for slot in given:
         assert not room.enough()
         room.give([slot])
-    assert room.enough()
-    slots.check(large)
-    for slot in large[:4]:
+    assert room.enough(), "one unit here and two side by side there"
+    slots.check(taken)
+    for slot in given:
         slots.give_back(slot)
+    assert slots.prepare(needs)
     assert slots.take(64, 0)
-    assert slots.take(16384, 0)
+    assert slots.take(12288, 0)
 
 
-@given(st.lists(st.tuples(st.sampled_from([64, 640, 4096, 16384]), st.integers(0, 1), st.booleans()), max_size=60))
-def test_room_says_what_take_then_does(steps: list[tuple[int, int, bool]]) -> None:
-    arena = Arena.create(4096 + 4 * SLAB_BYTES)
-    arena.cut(SLAB_BYTES)
+SIZES = st.sampled_from([64, 640, 4096, 10_000, 20_000])
+
+
+@given(st.lists(st.tuples(SIZES, st.integers(0, 1), st.booleans()), max_size=60))
+def test_room_says_what_prepare_then_does(steps: list[tuple[int, int, bool]]) -> None:
+    arena = Arena.create(ARENA_BYTES)
     slots = SlotAllocator(arena)
     taken: list[Slot] = []
     for num_bytes, rank, give in steps:
         if give and taken:
             slots.give_back(taken.pop(len(taken) // 2))
             continue
-        of = SlotClass(slot_stride(num_bytes), rank)
-        few = slots.slots_per_slab(of) // 2 + 1
-        enough = slots.room({of: few}).enough()
-        got = [slot for _ in range(few) if (slot := slots.take(num_bytes, rank))]
-        assert (len(got) == few) == enough
-        taken += got
+        needs = Counter([*[SlotClass(slot_stride(num_bytes), rank)] * 3, SlotClass(4096, 1)])
+        enough = slots.room(needs).enough() or slots.room(needs, tight=True).enough()
+        assert slots.prepare(needs) == enough
+        sizes = [(num_bytes, rank)] * 3 + [(4096, 1)]
+        got = [slots.take(size, rank) for size, rank in sizes] if enough else []
+        assert all(got)
+        taken += [slot for slot in got if slot is not None]
         slots.check(taken)
+    for slot in taken:
+        slots.give_back(slot)
+    assert slots.counts() == {"slabs_used": 0, "units_free": 8, "slots_free": 0}
     slots.close()
     arena.close()
 
@@ -115,16 +142,16 @@ def test_memory_that_runs_out_ends_the_arena(
 ) -> None:
     claim = Arena.claim
 
-    def claim_two(self: Arena, slab: int) -> None:
-        if slab >= 2:
+    def claim_two(self: Arena, unit: int) -> None:
+        if unit >= 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        claim(self, slab)
+        claim(self, unit)
 
     monkeypatch.setattr(Arena, "claim", claim_two)
     with caplog.at_level(logging.WARNING, "kvferry"):
         slots = SlotAllocator(arena)
         taken = take_all(slots, 4096)
-    assert len(taken) == 2 * slots_per_slab(SLAB_BYTES, 4096)
+    assert len(taken) == 2 * slots_in(UNIT_BYTES, 4096)
     assert [record.message[:24] for record in caplog.records] == ["shared memory is full: t"]
     slots.give_back(taken[0])
     assert slots.take(4096, 0) is not None
@@ -132,32 +159,32 @@ def test_memory_that_runs_out_ends_the_arena(
     slots.close()
 
 
-@pytest.mark.parametrize(
-    ("arena_bytes", "part_bytes", "num_ranks"),
-    [
-        (4 * 10**9, [11_796_480], 1),
-        (4 * 10**9, [32 << 20], 1),
-        (4 * 10**9, [32 << 20, 5 << 20], 2),
-        (4 * 10**9, [64 << 10], 8),
-        (4 * 10**9, [1 << 20, 640], 1),
-        (1 * 10**9, [11_796_480, 2_949_120], 1),
-        (64 * 10**6, [11_796_480], 1),
-    ],
-)
-def test_slabs_are_cut_so_that_little_is_wasted(arena_bytes: int, part_bytes: list[int], num_ranks: int) -> None:
-    slab_bytes = choose_slab_bytes(arena_bytes, part_bytes, num_ranks)
-    assert slab_bytes is not None
-    for num_bytes in part_bytes:
-        stride = slot_stride(num_bytes)
-        wasted = 1 - slots_per_slab(slab_bytes, stride) * stride / slab_bytes
-        assert wasted <= (0.01 if len(part_bytes) == 1 and stride >= 1 << 20 else 0.12 if stride >= 4096 else 0.2)
-    assert arena_bytes % slab_bytes <= 0.25 * arena_bytes
+@pytest.mark.parametrize("arena_bytes", [64 * 10**6, 10**9, 4 * 10**9, 100 * 10**9])
+@pytest.mark.parametrize("part_bytes", [640, 4096, 64 << 10, 640 << 10, 1 << 20, 2_949_120, 11_796_480, 32 << 20])
+def test_little_of_a_slab_is_left_over(arena_bytes: int, part_bytes: int) -> None:
+    unit_bytes, stride = unit_bytes_of(arena_bytes), slot_stride(part_bytes)
+    slab_bytes = slab_units(unit_bytes, arena_bytes // unit_bytes, stride).usual * unit_bytes
+    left_over = 1 - slots_in(slab_bytes, stride) * stride / slab_bytes
+    if slab_bytes <= arena_bytes / 2:
+        assert left_over <= (0.12 if stride >= 4096 else 0.2)
+    assert slab_bytes <= max(arena_bytes / 8, stride + 2 * unit_bytes)
+
+
+def test_units_are_a_sixty_fourth_of_the_arena_within_limits() -> None:
+    assert [unit_bytes_of(size) - 4096 for size in (10**5, 10**6, 10**8, 4 * 10**9, 10**12)] == [
+        1 << 12,
+        1 << 13,
+        1 << 20,
+        1 << 25,
+        1 << 25,
+    ]
 
 
 def test_a_chunk_that_does_not_fit_is_foreseen(arena: Arena) -> None:
-    assert choose_slab_bytes(10_000_000, [11_000_000], 1) is None
-    assert choose_slab_bytes(10_000_000, [4_000_000], 3) is None
-    assert choose_slab_bytes(10_000_000, [3_000_000], 3) is not None
-    assert fits(arena, [SLAB_BYTES // 2], 8)
-    assert not fits(arena, [SLAB_BYTES // 2], 9)
-    assert not fits(arena, [SLAB_BYTES], 1)
+    assert fits(arena, [UNIT_BYTES // 2], 8)
+    assert not fits(arena, [UNIT_BYTES // 2], 9)
+    assert fits(arena, [UNIT_BYTES], 4)
+    assert not fits(arena, [UNIT_BYTES], 5)
+    assert fits(arena, [8 * UNIT_BYTES - 4096], 1)
+    assert not fits(arena, [8 * UNIT_BYTES - 4095], 1)
+    assert fits(arena, [UNIT_BYTES, 640], 2)

@@ -14,16 +14,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from kvferry.blocks import Geometry, GroupKind, Job, Tier
+from kvferry.blocks import Geometry, GroupKind, Job, Slot, Tier
 from kvferry.config import StoreOptions
-from kvferry.store.arena import Arena
+from kvferry.store.arena import Arena, Writing
 from kvferry.store.base import PartName
+from kvferry.store.index import EntryState
 from kvferry.store.store import Store
 from kvferry.store.tier import ByteTier
 from kvferry.testing.block_store import (
     CHUNK_TOKENS,
     assert_copied,
-    copy_in,
+    bytes_of,
     full_geometry,
     hybrid_geometry,
     keys_of,
@@ -37,14 +38,25 @@ OWNERS = st.sampled_from(["one", "two"])
 
 @dataclasses.dataclass(eq=False)
 class Work:
-    """A job that a fake engine was given. ranks: those that have not said done. sound: every slot was filled."""
+    """A job that a fake engine was given. ranks: those that have not said done. writing: those that have begun to copy
+    and not ended. sound: every slot was filled."""
 
     job: Job
     keys: list[bytes]
     owner: str
     ranks: set[int]
     begun_at: float
+    writing: dict[int, Writing] = dataclasses.field(default_factory=dict)
     sound: bool = True
+
+    def slots(self, rank: int) -> list[Slot]:
+        return [part.slots[rank] for part in self.job.parts]
+
+    def die(self) -> None:
+        """What the kernel does for a process that ends."""
+        for writing in self.writing.values():
+            writing.end()
+        self.writing.clear()
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -61,6 +73,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.backend = FaultyByteStore(DictByteStore())
         self.stored: set[bytes] = set()
         """Keys of chunks that some store has ended well for."""
+        self.live: dict[int, Work] = {}
+        self.lapsed: dict[int, Work] = {}
+        """Stores that the store took back while ranks were copying."""
         self.open()
 
     def make_geometry(self) -> Geometry:
@@ -75,10 +90,8 @@ class StoreMachine(RuleBasedStateMachine):
             eviction_policy="s3fifo" if isinstance(self, HybridMachine) else "lru",
         )
         tier = ByteTier(self.backend, Tier.DISK, clock=lambda: self.now)
-        self.store = Store(options, tiers=[tier], lease_seconds=60.0, clock=lambda: self.now)
+        self.store = Store(options, tiers=[tier], lease_seconds=60.0, clock=lambda: self.now, adopt=True)
         self.arena: Arena = self.store.mapping
-        self.live: dict[int, Work] = {}
-        self.lapsed: dict[int, Work] = {}
         register(self.store, self.geometry)
 
     def keys(self, prompt: int, num_chunks: int) -> list[bytes]:
@@ -125,23 +138,39 @@ class StoreMachine(RuleBasedStateMachine):
         if answer.failed:
             del self.live[job_id]
 
+    def took_back(self, work: Work) -> None:
+        if self.live.pop(work.job.job_id, None) and work.writing:
+            self.lapsed[work.job.job_id] = work
+
+    @rule(work=stores, rank=st.integers(0, 1))
+    def rank_begins(self, work: Work | None, rank: int) -> None:
+        if work is None or rank not in work.ranks or rank in work.writing:
+            return
+        writing = self.arena.begin_writing(work.slots(rank))
+        assert (writing is not None) == (work.job.job_id in self.live)
+        if writing is not None:
+            work.writing[rank] = writing
+
     @rule(work=stores, rank=st.integers(0, 1), ok=st.sampled_from([True, True, True, False]))
     def rank_stores(self, work: Work | None, rank: int, ok: bool) -> None:
         """A rank that is late writes all the same: nobody else's chunk may show it."""
         if work is None or rank not in work.ranks:
             return
-        if ok and all(self.arena.holds(part.slots[rank]) for part in work.job.parts):
-            copy_in(self.arena, work.job, work.keys, rank)
-        elif work.job.job_id in self.live | self.lapsed:
-            for part in work.job.parts:
-                self.arena.view(part.slots[rank])[:] = b"\xee" * part.slots[rank].num_bytes
-            ok = False
+        self.rank_begins(work, rank)
+        writing = work.writing.pop(rank, None)
+        ok = ok and work.job.job_id in self.live
+        if writing is not None:
+            for part, slot in zip(work.job.parts, work.slots(rank), strict=True):
+                text = bytes_of(work.keys[part.chunk], part, rank)
+                self.arena.view(slot)[:] = text if ok else b"\xee" * slot.num_bytes
+            writing.end()
+        if not work.writing:
+            self.lapsed.pop(work.job.job_id, None)
         work.ranks.discard(rank)
         work.sound &= ok
         self.store.done(work.job.job_id, rank, ok)
         if not work.ranks:
             live = self.live.pop(work.job.job_id, None)
-            self.lapsed.pop(work.job.job_id, None)
             if live is not None and work.sound:
                 self.stored.update(work.keys[part.chunk] for part in work.job.parts)
 
@@ -159,27 +188,31 @@ class StoreMachine(RuleBasedStateMachine):
         if work is None:
             return
         self.store.cancel(work.job.job_id)
-        live = self.live.pop(work.job.job_id, None)
-        if live and 0 < len(work.ranks) < self.geometry.num_ranks:
-            self.lapsed[work.job.job_id] = work
+        self.took_back(work)
 
     @rule(seconds=st.sampled_from([1.0, 30.0, 61.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.store.poll()
-        for job_id, work in [*self.live.items()]:
+        for work in [*self.live.values()]:
             if work.begun_at + 60.0 <= self.now:
-                del self.live[job_id]
-                if any(part.slots for part in work.job.parts) and work.job.kind.value == "store":
-                    self.lapsed[job_id] = work
+                self.took_back(work)
+        assert self.store.stats()["slots_withdrawn"] == self.num_written()
 
-    @rule(owner=OWNERS)
-    def owner_dies(self, owner: str) -> None:
+    def num_written(self) -> int:
+        return sum(len(work.slots(rank)) for work in self.lapsed.values() for rank in work.writing)
+
+    @rule(owner=OWNERS, is_dead=st.booleans())
+    def owner_goes(self, owner: str, is_dead: bool) -> None:
+        """Or is thought to be gone, while it copies."""
+        for work in [*self.live.values(), *self.lapsed.values()]:
+            if work.owner == owner and is_dead:
+                work.die()
         self.store.release(owner)
-        for table in (self.live, self.lapsed):
-            for job_id, work in [*table.items()]:
-                if work.owner == owner:
-                    del table[job_id]
+        for work in [*self.live.values()]:
+            if work.owner == owner:
+                self.took_back(work)
+        self.lapsed = {job_id: work for job_id, work in self.lapsed.items() if work.writing}
 
     @rule(fault=st.sampled_from(["none", "none", "put", "get", "short"]))
     def tier_changes(self, fault: str) -> None:
@@ -196,8 +229,32 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        self.store.close()
+        self.close()
         self.open()
+        assert len(self.store._index) == 0
+
+    @rule(is_dead=st.booleans())
+    def server_is_killed(self, is_dead: bool) -> None:
+        """Its engines may live on, and go on copying."""
+        self.settle()
+        committed = {entry.id for entry in self.store._index if entry.state is EntryState.COMMITTED}
+        for work in [*self.live.values()]:
+            self.took_back(work)
+        if is_dead:
+            for work in self.lapsed.values():
+                work.die()
+            self.lapsed.clear()
+        self.store.close(keep_arena=True)
+        self.open()
+        assert {entry.id for entry in self.store._index} == committed
+        assert self.store.stats()["slots_withdrawn"] == self.num_written()
+
+    def close(self) -> None:
+        for work in [*self.live.values(), *self.lapsed.values()]:
+            work.die()
+        self.live.clear()
+        self.lapsed.clear()
+        self.store.close()
 
     @invariant()
     def agrees(self) -> None:
@@ -205,9 +262,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.check()
         stats = self.store.stats()
         assert stats["leases"] == len(self.live)
-        assert stats["leases_lapsed_writing"] == len(self.lapsed)
-        withdrawn = sum(len(part.slots) for work in self.lapsed.values() for part in work.job.parts)
-        assert stats["slots_withdrawn"] == withdrawn
+        assert stats["slots_withdrawn"] >= self.num_written()
 
     def settle(self) -> None:
         """Let the tier's threads finish, so that each run of these steps is the same run."""
@@ -219,7 +274,7 @@ class StoreMachine(RuleBasedStateMachine):
         raise AssertionError("the tier's threads do not finish")
 
     def teardown(self) -> None:
-        self.store.close()
+        self.close()
         assert not list(self.folder.iterdir())
         shutil.rmtree(self.folder)
 

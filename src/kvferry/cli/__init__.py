@@ -11,7 +11,7 @@ from importlib import import_module
 import kvferry
 from kvferry.errors import KVFerryError
 
-COMMANDS = ("demo", "generate", "connectors", "config")
+COMMANDS = ("demo", "generate", "server", "keygen", "connectors", "config")
 """Each is a module of this package with `add_arguments(parser)`, `run(arguments) -> int` and a docstring that says
 what the command does, with examples."""
 

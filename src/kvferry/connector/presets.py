@@ -30,6 +30,7 @@ class ConnectorClasses:
 
 _presets = {
     "kvferry": Preset("kvferry.offload.connector", "KVFerryConnectorScheduler", "KVFerryConnectorWorker"),
+    "kvferry-server": Preset("kvferry.offload.connector", "KVFerryConnectorScheduler", "KVFerryConnectorWorker"),
     "persistent": Preset("kvferry.connector.persistent", "PersistentConnectorScheduler", "PersistentConnectorWorker"),
 }
 

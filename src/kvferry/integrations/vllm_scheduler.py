@@ -21,6 +21,7 @@ from kvferry.integrations.vllm_identity import Adapters, request_extras
 from kvferry.integrations.vllm_messages import FerryMetadata
 from kvferry.integrations.vllm_stores import Engine, open_for_scheduler
 from kvferry.offload.planner import Planner
+from kvferry.server.client import StoreClient
 from kvferry.store.keys import Extras
 
 _NULL_BLOCK = 0
@@ -90,10 +91,11 @@ class SchedulerHalf:
         """Finished requests whose blocks vLLM keeps until their saves end."""
 
     def wait_for_workers(self, timeout_seconds: float) -> bool:
-        """Wait until all workers have registered. False: they have not, but may later."""
+        """Wait until all workers have registered. False: they have not, or there is no cache server, but may later."""
         deadline = time.monotonic() + timeout_seconds
         while self._store is not None and not self._is_ready():
-            if time.monotonic() >= deadline:
+            is_off = isinstance(self._store, StoreClient) and not self._store.is_alive()
+            if is_off or time.monotonic() >= deadline:
                 return False
             time.sleep(_LOOK_SECONDS)
         return self._store is not None
@@ -182,7 +184,7 @@ class SchedulerHalf:
             self._planner = None
         if self._store is not None:
             self._store = None
-            self._close_store()
+        self._close_store()
 
     def _is_ready(self) -> bool:
         if self._planner is None and self._store is not None:

@@ -1,32 +1,19 @@
-"""Where vLLM's halves find their store: one inside the engine, which serves workers that are other processes.
-
-Knows neither half.
+"""Where the halves find their store: a cache server's, or one inside the engine, which serves workers that are other
+processes. Knows neither half.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
-from kvferry.blocks import Geometry
 from kvferry.config import StoreOptions
-from kvferry.errors import ArenaError, StoreError
-from kvferry.offload.embedded import EMBEDDED
-from kvferry.server.client import StoreClient
-from kvferry.store.arena import Arena
-from kvferry.store.store import Store
-
-logger = logging.getLogger(__name__)
-
-_LOOK_SECONDS = 0.05
-"""How often a worker looks whether the scheduler's process serves its store: it starts after the workers."""
+from kvferry.offload.stores import RankStore, open_rank_store, open_store
+from kvferry.store.base import BlockStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,67 +27,31 @@ class Engine:
 
     @property
     def runtime_dir(self) -> Path:
-        """Where the scheduler's process serves the store: a folder that only this user may enter."""
+        """Where the scheduler's process serves its own store: a folder that only this user may enter."""
         return Path(tempfile.gettempdir(), f"kvferry-{os.getuid()}", self.engine_id)
 
-
-class WorkerStore(Protocol):
-    """What a worker asks of a store, which may be in another process."""
-
-    def register(self, engine: str, rank: int, geometry: Geometry) -> None: ...
-
-    def done(self, job_id: int, rank: int, ok: bool) -> None: ...
+    @property
+    def ranks_url(self) -> str | None:
+        return None if self.is_one_process else f"ipc://{self.runtime_dir / 'store.sock'}"
 
 
-@dataclass(frozen=True, slots=True)
-class RankStore:
-    """A worker's way to its store and to the arena. close: to be called when no copy runs any more."""
-
-    store: WorkerStore
-    arena: Arena
-    close: Callable[[], None]
-
-
-def open_for_scheduler(engine: Engine, options: StoreOptions) -> tuple[Store | None, Callable[[], None]]:
-    """The engine's store, or None if it cannot be made, which was logged; and what to call in the end."""
-    folder = None if engine.is_one_process else engine.runtime_dir
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.parent.chmod(0o700)
-    store = EMBEDDED.acquire(engine.engine_id, options, None if folder is None else str(folder))
+def open_for_scheduler(engine: Engine, options: StoreOptions) -> tuple[BlockStore | None, Callable[[], None]]:
+    """The store, or None if it cannot be made, which was logged; and what to call in the end."""
+    if options.server_url is not None or engine.is_one_process:
+        return open_store(engine.engine_id, options, options.server_url, None)
+    engine.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    engine.runtime_dir.parent.chmod(0o700)
+    store, close_store = open_store(engine.engine_id, options, None, engine.ranks_url)
 
     def close() -> None:
-        EMBEDDED.release(engine.engine_id)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        close_store()
+        shutil.rmtree(engine.runtime_dir, ignore_errors=True)
 
     return store, close
 
 
-def open_for_worker(engine: Engine, options: StoreOptions, closing: threading.Event) -> RankStore | None:
-    """The same for a worker, which waits until the scheduler's process serves it or `closing` is set.
-
-    StoreError, ArenaError: it cannot be used from here.
-    """
-    if engine.is_one_process:
-        store = EMBEDDED.acquire(engine.engine_id, options)
-        if store is None:
-            EMBEDDED.release(engine.engine_id)
-            return None
-        return RankStore(store, store.mapping, lambda: EMBEDDED.release(engine.engine_id))
-    socket = engine.runtime_dir / "store.sock"
-    while not socket.exists():
-        if closing.wait(_LOOK_SECONDS):
-            return None
-    client = StoreClient(socket)
-    try:
-        arena = Arena.attach(client.arena())
-    except ArenaError as error:
-        client.close()
-        raise StoreError(f"the engine's arena cannot be mapped: {error}") from error
-
-    def close() -> None:
-        client.close()
-        arena.close()
-
-    return RankStore(client, arena, close)
+def open_for_worker(engine: Engine, options: StoreOptions) -> tuple[RankStore | None, Callable[[], None]]:
+    """The same for a worker, which starts before the scheduler: it must not wait for it."""
+    url = options.server_url or engine.ranks_url
+    options = replace(options, connect_deadline_seconds=0.0)
+    return open_rank_store(engine.engine_id, options, url, f"rank {engine.rank}")

@@ -14,26 +14,28 @@ from typing import Any
 
 from kvferry.blocks import Geometry, GroupKind
 from kvferry.config import StoreOptions
-from kvferry.errors import ConfigError, StoreError
+from kvferry.errors import ConfigError
 from kvferry.integrations.vllm_layout import CacheGroup
 from kvferry.integrations.vllm_messages import FerryMetadata
-from kvferry.integrations.vllm_stores import Engine, RankStore, open_for_worker
+from kvferry.integrations.vllm_stores import Engine, open_for_worker
 from kvferry.offload.mover import Mover
+from kvferry.offload.stores import RankArena
 from kvferry.transfer.layout import Layout
 
 logger = logging.getLogger(__name__)
 
 
 class WorkerHalf:
-    """One rank's jobs. Until its thread has found the store and registered, loads fail and saves are not begun."""
+    """One rank's jobs. Until there is a store, and the model has a name, loads fail and saves are not begun."""
 
     def __init__(self, engine: Engine, options: StoreOptions) -> None:
         self._engine = engine
         self._options = options
+        self._store, self._close_store = open_for_worker(engine, options)
+        self._groups: Sequence[CacheGroup] = ()
+        self._layouts: Sequence[Layout] = ()
         self._mover: Mover | None = None
-        self._opened: RankStore | None = None
-        self._closing = threading.Event()
-        self._opening: threading.Thread | None = None
+        self._registering: threading.Thread | None = None
         self._metadata = FerryMetadata()
         self._names: dict[int, str] = {}
         self._loads: dict[int, int] = {}
@@ -52,45 +54,51 @@ class WorkerHalf:
     def register(
         self, groups: Sequence[CacheGroup], layouts: Sequence[Layout], name_weights: Callable[[], str | None]
     ) -> None:
-        """Find the store in the background, which may come up later than this, and offer it these pools."""
-        self._opening = threading.Thread(
-            target=self._open, args=(groups, layouts, name_weights), name="kvferry-vllm-open", daemon=True
+        """Offer these pools to the store, in the background: to name weights may take seconds."""
+        self._groups, self._layouts = groups, layouts
+        self._registering = threading.Thread(
+            target=self._register, args=(name_weights,), name="kvferry-vllm-register", daemon=True
         )
-        self._opening.start()
+        self._registering.start()
 
-    def _open(
-        self, groups: Sequence[CacheGroup], layouts: Sequence[Layout], name_weights: Callable[[], str | None]
-    ) -> None:
+    def _register(self, name_weights: Callable[[], str | None]) -> None:
         try:
             identity = name_weights()
             if identity is None:
                 logger.warning("KV is not kept beyond vLLM's pool: the model's weights cannot be named")
-                return
-            geometry = make_geometry(identity, self._engine, self._options.chunk_tokens, groups, layouts)
-            opened = open_for_worker(self._engine, self._options, self._closing)
-            if opened is None:
-                return
-            self._opened = opened
-            passing = frozenset(index for index, group in enumerate(groups) if group.kind is not GroupKind.FULL)
-            self._mover = Mover(
-                opened,
-                layouts,
-                self._options.chunk_tokens,
-                self._engine.rank,
-                passing,
-                ready_seconds=self._options.load_deadline_seconds,
-            )
-            opened.store.register(self._engine.engine_id, self._engine.rank, geometry)  # From now on jobs may come.
-        except (ConfigError, StoreError, OSError) as error:
+            elif self._store is not None:
+                geometry = make_geometry(
+                    identity, self._engine, self._options.chunk_tokens, self._groups, self._layouts
+                )
+                self._store.register(self._engine.engine_id, self._engine.rank, geometry)
+        except ConfigError as error:
             logger.warning("KV is not kept beyond vLLM's pool: %s", error)
         except Exception:  # the thread's boundary
             logger.exception("KV is not kept beyond vLLM's pool")
 
     def bind(self, metadata: FerryMetadata) -> None:
         """Take a step's orders."""
+        self._follow_arena()
         self._metadata = metadata
         self._names |= metadata.names
         self._finished.update(metadata.finished)
+
+    def _follow_arena(self) -> None:
+        """Copy to and from the newest arena: a cache server may have come, or have been started anew. Jobs that were
+        begun in another end as failed, as their slots are not in this one."""
+        if self._store is None or not (self._layouts and self._store.has_other_arena):
+            return
+        if self._mover is not None:
+            self._mover.close()
+            self._take_in(self._mover.take_ended())
+        self._mover = Mover(
+            RankArena(self._store, self._store.take_arena()),
+            self._layouts,
+            self._options.chunk_tokens,
+            self._engine.rank,
+            frozenset(index for index, group in enumerate(self._groups) if group.kind is not GroupKind.FULL),
+            ready_seconds=self._options.load_deadline_seconds,
+        )
 
     def release_preempted(self, metadata: FerryMetadata) -> None:
         """Before a step writes to blocks of requests that were preempted: wait for copies out of them."""
@@ -122,12 +130,8 @@ class WorkerHalf:
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose saves, and those whose load, ended since the last call."""
-        ended = self._mover.take_ended() if self._mover is not None else {}
-        for job_id, ok in ended.items():
-            number = self._loads.pop(job_id, None)
-            if number is not None:
-                self._end_load(number, ok=ok)
-            self._saves.pop(job_id, None)
+        if self._mover is not None:
+            self._take_in(self._mover.take_ended())
         saving = set(self._saves.values()) if self._finished else set()
         saved = self._finished - saving
         self._finished &= saving
@@ -155,16 +159,22 @@ class WorkerHalf:
         return self._mover.meter.snapshot() if self._mover is not None else {}
 
     def shutdown(self) -> None:
-        self._closing.set()
-        if self._opening is not None:
-            self._opening.join()
-            self._opening = None
+        if self._registering is not None:
+            self._registering.join()
+            self._registering = None
         if self._mover is not None:
             self._mover.close()
             self._mover = None
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        self._store = None
+        self._close_store()
+
+    def _take_in(self, ended: Mapping[int, bool]) -> None:
+        """Jobs that ended, and whether well."""
+        for job_id, ok in ended.items():
+            number = self._loads.pop(job_id, None)
+            if number is not None:
+                self._end_load(number, ok=ok)
+            self._saves.pop(job_id, None)
 
     def _end_load(self, number: int, *, ok: bool) -> None:
         self._loaded.add(number)

@@ -27,10 +27,12 @@ class OnceLog:
         self._logger.warning(message, *args)
         return True
 
-    def forget(self, key: Hashable) -> None:
-        """The occasion has passed; should it come again, it is said again."""
+    def forget(self, key: Hashable) -> bool:
+        """The occasion has passed; should it come again, it is said again. True: it had been said."""
         with self._lock:
+            was_said = key in self._said
             self._said.discard(key)
+        return was_said
 
 
 def set_level(level: str) -> None:

@@ -15,15 +15,14 @@ from kvferry.config import StoreOptions, load_options
 from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker, Request, SchedulerOutput
 from kvferry.connector.config import LlmArgs
 from kvferry.connector.layout import KvCacheLayout
-from kvferry.errors import ConfigError, StoreError
+from kvferry.errors import ConfigError
 from kvferry.observability.log import set_level
-from kvferry.offload.embedded import EMBEDDED, open_for_rank
 from kvferry.offload.identity import PoolGroup, check_chunk_tokens, identity, make_geometry
 from kvferry.offload.metadata import PassMetadata, RequestJob
 from kvferry.offload.mover import Mover
 from kvferry.offload.planner import Planner
 from kvferry.offload.pools import read_group, read_pool
-from kvferry.store.store import Store
+from kvferry.offload.stores import RankArena, open_for_rank, open_for_scheduler
 from kvferry.transfer.layout import Layout, UnknownLayout
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
     def __init__(self, llm_args: LlmArgs) -> None:
         super().__init__(llm_args)
         self._options = _options(llm_args)
-        self._store: Store | None = EMBEDDED.acquire(llm_args.engine_id, self._options, llm_args.runtime_dir)
+        self._store, self._close_store = open_for_scheduler(llm_args, self._options)
         self._planner: Planner | None = None
 
     def wait_for_initialization(self) -> None:
@@ -60,6 +59,8 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
             )
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        if self._planner is None:
+            self.wait_for_initialization()  # A cache server may come later than the engine. By now this waits no more.
         if self._planner is None:
             return 0, False
         offer = self._planner.match(request, num_computed_tokens)
@@ -100,7 +101,7 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
             self._planner.close()
             self._planner = None
         self._store = None
-        EMBEDDED.release(self._llm_args.engine_id)
+        self._close_store()
 
 
 class KVFerryConnectorWorker(KvCacheConnectorWorker):
@@ -110,6 +111,8 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         super().__init__(llm_args)
         self._options = _options(llm_args)
         self._store, self._close_store = open_for_rank(llm_args, self._options)
+        self._layouts: list[Layout] = []
+        self._passing_groups: frozenset[int] = frozenset()
         self._mover: Mover | None = None
         self._loads: list[RequestJob] = []
         """The pass's loads that have not begun."""
@@ -160,25 +163,36 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         ]
         try:
             geometry = make_geometry(self._llm_args, name, chunk_tokens, groups)
-            self._store.store.register(self._llm_args.engine_id, self._llm_args.rank, geometry)
-        except StoreError as error:
-            logger.warning("KV is not kept beyond the engine's pool: %s", error)
-            return
+            self._store.register(self._llm_args.engine_id, self._llm_args.rank, geometry)
         except ConfigError:  # There will be no engine, hence nobody to call `shutdown`.
             self.shutdown()
             raise
+        self._layouts = layouts
+        self._passing_groups = frozenset(index for index, group in enumerate(groups) if group.window_tokens is not None)
+        self._follow_arena()
+
+    def _follow_arena(self) -> None:
+        """Copy to and from the newest arena: a cache server may have come, or have been started anew. Jobs that were
+        begun in another end as failed, as their slots are not in this one."""
+        if self._store is None or not (self._layouts and self._store.has_other_arena):
+            return
+        if self._mover is not None:
+            self._mover.close()
+            self._beside.take_in(self._mover.take_ended())
+        arena = self._store.take_arena()
         self._mover = Mover(
-            self._store,
-            layouts,
-            chunk_tokens,
+            RankArena(self._store, arena),
+            self._layouts,
+            self._options.chunk_tokens,
             self._llm_args.rank,
-            frozenset(index for index, group in enumerate(groups) if group.window_tokens is not None),
+            self._passing_groups,
             ready_seconds=self._options.load_deadline_seconds,
         )
 
     def bind_connector_meta(self, metadata: object) -> None:
         """The pass before may have broken off: what it left is given up before the next begins."""
         self._give_up_pass()
+        self._follow_arena()
         super().bind_connector_meta(metadata)
         assert isinstance(metadata, PassMetadata)
         self._loads = list(metadata.loads)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from kvferry.observability.metrics import Meter
 from kvferry.offload.background import Background, Readiness, Task
 from kvferry.offload.metadata import CopyJob
-from kvferry.store.arena import COMMITTED, Arena
+from kvferry.store.arena import COMMITTED, Arena, Writing
 from kvferry.transfer.copy import Copier, Copy, CopyEngine, mark
 from kvferry.transfer.layout import Layout
 from kvferry.transfer.plan import Direction, PartBlocks
@@ -29,6 +29,8 @@ class JobEnds(Protocol):
     """What a mover needs of a `BlockStore`, which may be in another process."""
 
     def done(self, job_id: int, rank: int, ok: bool) -> None: ...
+
+    def is_alive(self) -> bool: ...
 
 
 class ArenaStore(Protocol):
@@ -71,6 +73,7 @@ class Mover:
         self._background = Background(f"kvferry-mover-{rank}")
         self._groups = frozenset(range(len(layouts)))
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
+        self._writing: dict[int, Writing] = {}
 
     # -- within the pass ---------------------------------------------------------------------------------------------
 
@@ -149,14 +152,14 @@ class Mover:
             if state is None:
                 return Readiness.NEVER
             if state != COMMITTED:
-                return Readiness.NOT_YET
+                return Readiness.NOT_YET if self._store.is_alive() else Readiness.NEVER
         return Readiness.READY
 
     # -- copies ------------------------------------------------------------------------------------------------------
 
     def _submit(self, direction: Direction, job: CopyJob, groups: frozenset[int], after: Any) -> list[Copy] | None:
         """The copies of a job's parts of these groups under way; None: they cannot be made."""
-        if not self._holds(job):
+        if not self._may_copy(direction, job):
             return None
         copies = []
         try:
@@ -177,6 +180,9 @@ class Mover:
     def _end(self, job: CopyJob, copies: list[Copy] | None) -> bool:
         """Wait for a job's copies and tell the store. A slot that changed meanwhile makes them worthless."""
         copied = copies is not None and self._finish(copies) and self._holds(job)
+        writing = self._writing.pop(job.job_id, None)
+        if writing is not None:
+            writing.end()
         self._store.done(job.job_id, self._rank, copied)
         return copied
 
@@ -191,6 +197,17 @@ class Mover:
                 logger.warning("a copy failed; its tokens are computed instead", exc_info=True)
                 ok = False
         return ok
+
+    def _may_copy(self, direction: Direction, job: CopyJob) -> bool:
+        """A job's slots are locked from its first copy out of the pool until its last has ended."""
+        if direction is Direction.TO_POOL or job.job_id in self._writing:
+            return self._holds(job)
+        writing = self._arena.begin_writing([part.slots[self._rank] for part in job.parts])
+        if writing is None:
+            self.meter.add("jobs_with_lost_slots")
+            return False
+        self._writing[job.job_id] = writing
+        return True
 
     def _holds(self, job: CopyJob) -> bool:
         held = all(self._arena.holds(part.slots[self._rank]) for part in job.parts)

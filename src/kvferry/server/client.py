@@ -1,106 +1,275 @@
-"""A store in another process of this machine, as a worker's rank sees it. Knows no engine and no tensor."""
+"""A store in another process of this machine. Knows no engine and no tensor.
+
+Whatever goes wrong is a miss within a deadline. While a server is off (`Attendance`) it is not asked at all, and
+nothing here waits for the thread that looks for it.
+"""
 
 from __future__ import annotations
 
-import itertools
 import logging
+import secrets
 import threading
 import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Final
 
-import msgspec
 import zmq
 
-from kvferry.blocks import Geometry
-from kvferry.errors import ConfigError, StoreError
-from kvferry.observability.log import OnceLog
+from kvferry.blocks import Geometry, Job
+from kvferry.config import StoreOptions
+from kvferry.errors import ConfigError, InvariantError, StoreError
+from kvferry.observability.metrics import Meter
+from kvferry.server.attendance import Attendance
+from kvferry.server.endpoint import Endpoint
+from kvferry.server.link import Link
 from kvferry.server.protocol import (
-    UNANSWERED,
-    VERSION,
+    ATTENDANCE_LINK,
+    QUESTIONS_LINK,
     Answer,
-    Hello,
+    AskMatch,
+    AskStats,
+    Beat,
+    BeginLoad,
+    BeginStore,
+    Begun,
+    Broken,
+    Bye,
+    Cancel,
+    Check,
+    Found,
     JobDone,
+    Polled,
     Question,
-    Refused,
-    Register,
+    Stranger,
+    Values,
     Welcome,
-    decode_answer,
-    encode,
+    join_keys,
 )
-from kvferry.store.base import ArenaInfo
+from kvferry.store.arena import Arena
+from kvferry.store.base import ArenaInfo, Match, PollResult
+from kvferry.store.keys import root_key
 
 logger = logging.getLogger(__name__)
 
-_LINGER_MILLISECONDS = 1000
-"""How long closing waits until the last messages have left."""
+_MOST_FAILURES: Final = 3
+"""In a row; then the server is not asked until it answers the thread that looks for it."""
+_LINGER_SECONDS: Final = 0.2
+_LOCK_SECONDS: Final = 0.005
+_SLICE_SECONDS: Final = 0.02
+_PROOF_SECONDS: Final = 0.2
+_CHECK_SECONDS: Final = 30.0
 
 
 class StoreClient:
-    """What a rank needs of a `BlockStore`, over the Unix socket `path`. Thread-safe.
+    """A `BlockStore` at `url`, whenever a server is there. Thread-safe.
 
-    setup_seconds: how long the server may take to come up, and to answer what is asked before the first pass. What is
-    said during passes is sent and not waited for. StoreError: it did not come up, or speaks another version.
+    options: the deadlines. name: what the server calls this client. maps_arena: for a worker, which copies.
+    ConfigError: `url` is none, or keys cannot be read.
     """
 
-    def __init__(self, path: Path, setup_seconds: float = 30.0) -> None:
-        self._setup_seconds = setup_seconds
-        self._numbers = itertools.count(UNANSWERED + 1)
-        self._log = OnceLog(logger)
-        self._lock = threading.Lock()
+    def __init__(self, url: str, options: StoreOptions, *, name: str = "", maps_arena: bool = False) -> None:
+        self.meter = Meter()
+        self._options = options
+        self._maps_arena = maps_arena
+        endpoint = Endpoint.parse(url)
+        client_id = secrets.token_bytes(16)
         self._context = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.linger = _LINGER_MILLISECONDS
-        self._socket.connect(f"ipc://{path}")
         try:
-            self._arena = self._greet()
-        except BaseException:
-            self._socket.linger = 0
-            self.close()
+            self._questions = Link(self._context, endpoint, QUESTIONS_LINK + client_id, options, self._take_unasked)
+            self._attendance_link = Link(self._context, endpoint, ATTENDANCE_LINK + client_id, options)
+        except ConfigError:
+            self._context.destroy(linger=0)
             raise
+        self._lock = threading.Lock()
+        """Of the link for questions. Held while waiting only by who asks, and by the proof while the server is off."""
+        self._num_failures = 0
+        self._root: tuple[Geometry | None, bytes] = (None, b"")
+        self._awaited: dict[int, float] = {}
+        """Loads that wait for lower tiers, and until when."""
+        self._polled: list[Polled] = []
+        self._arena_info: ArenaInfo | None = None
+        self._taken_arena: Arena | None = None
+        self._other_arena: Arena | None = None
+        self._arena_lock = threading.Lock()
+        self._attendance = Attendance(self._attendance_link, endpoint, self, name, options.connect_deadline_seconds)
 
-    def arena(self) -> ArenaInfo:
-        """See `BlockStore.arena`: as it was when this client was made."""
-        return self._arena
+    # -- setting up --------------------------------------------------------------------------------------------------
 
     def register(self, engine: str, rank: int, geometry: Geometry) -> None:
-        """See `BlockStore.register`. StoreError: no answer in time."""
-        answer = self._ask(Register(engine, rank, geometry))
-        if isinstance(answer, Refused):
-            raise ConfigError(answer.reason)
+        """See `BlockStore.register`. With every server to come, too: what that one refuses is logged."""
+        self._attendance.register(engine, rank, geometry)
+
+    def geometry(self, engine: str) -> Geometry | None:
+        """See `BlockStore.geometry`. As last heard, and only the first question waits."""
+        return self._attendance.geometry(engine)
+
+    def arena(self) -> ArenaInfo:
+        """See `BlockStore.arena`. StoreError: no server has come so far."""
+        if not self._attendance.await_on() and self._arena_info is None:
+            raise StoreError("no cache server has come so far")
+        assert self._arena_info is not None
+        return self._arena_info
+
+    # -- during passes -----------------------------------------------------------------------------------------------
+
+    def match(self, geometry: Geometry, keys: Sequence[bytes]) -> Match:
+        """See `BlockStore.match`."""
+        question = AskMatch(self._root_of(geometry), join_keys(keys))
+        answer = self._ask(question, self._options.match_deadline_seconds)
+        return answer.match() if isinstance(answer, Found) else Match(0)
+
+    def begin_load(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> Job | None:
+        """See `BlockStore.begin_load`."""
+        job = self._begin(BeginLoad(self._root_of(geometry), join_keys(keys), first_chunk))
+        if job is not None and not job.ready:
+            self._awaited[job.job_id] = time.monotonic() + 2 * self._options.load_deadline_seconds
+        return job
+
+    def begin_store(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> Job | None:
+        """See `BlockStore.begin_store`."""
+        return self._begin(BeginStore(self._root_of(geometry), join_keys(keys), first_chunk))
 
     def done(self, job_id: int, rank: int, ok: bool) -> None:
-        """See `BlockStore.done`. Sent, not waited for: a message that is lost leaves the job to its lease's end."""
-        with self._lock:
-            try:
-                self._socket.send(encode((UNANSWERED, JobDone(job_id, rank, ok))), zmq.DONTWAIT)
-            except zmq.ZMQError as error:
-                self._log.warn("done", "the store cannot be told that a job is done: %s", error)
+        """See `BlockStore.done`. Said and not waited for: what is lost leaves the job to its lease's end."""
+        self._tell(JobDone(job_id, rank, ok))
+
+    def cancel(self, job_id: int) -> None:
+        """See `BlockStore.cancel`. Said and not waited for."""
+        self._awaited.pop(job_id, None)
+        self._tell(Cancel(job_id))
+
+    def poll(self, timeout_seconds: float = 0.0) -> PollResult:
+        """See `BlockStore.poll`. A load whose server is off has failed."""
+        deadline = time.monotonic() + timeout_seconds
+        while self._awaited:
+            remaining_seconds = deadline - time.monotonic()
+            with self._lock:
+                self._questions.listen(max(0.0, min(remaining_seconds, _SLICE_SECONDS)))
+            answers, self._polled = self._polled, []
+            ready = [job_id for answer in answers for job_id in answer.ready]
+            failed = [job_id for answer in answers for job_id in answer.failed]
+            now = time.monotonic()
+            is_on = self._attendance.watch() if timeout_seconds > 0 else self._attendance.is_on
+            for job_id, until in [*self._awaited.items()]:
+                if job_id in ready or job_id in failed:
+                    del self._awaited[job_id]
+                elif now >= until or not is_on:
+                    del self._awaited[job_id]
+                    failed.append(job_id)
+            if ready or failed or remaining_seconds <= 0:
+                return PollResult(tuple(ready), tuple(failed))
+        return PollResult()
+
+    def is_alive(self) -> bool:
+        """Whether the server is on. For one who waits for what only it can bring, and asks again and again."""
+        return self._attendance.watch()
+
+    # -- the arena, for a worker -------------------------------------------------------------------------------------
+
+    @property
+    def has_other_arena(self) -> bool:
+        """Whether there is a mapping that nobody has taken. `take_arena` closes the last one: let go of it before."""
+        return self._other_arena is not None
+
+    def take_arena(self) -> Arena:
+        """The newest mapping. The client closes it in the end, or when another is taken."""
+        with self._arena_lock:
+            last, self._taken_arena, self._other_arena = self._taken_arena, self._other_arena, None
+        if last is not None:
+            last.close()
+        assert self._taken_arena is not None, "there was another"
+        return self._taken_arena
+
+    # -- the rest ----------------------------------------------------------------------------------------------------
+
+    def stats(self) -> Mapping[str, float]:
+        """See `BlockStore.stats`. The client's own counters alone while the server is off."""
+        answer = self._ask(AskStats(), self._options.job_deadline_seconds)
+        return {**(answer.values if isinstance(answer, Values) else {}), **self.meter.snapshot()}
+
+    def check(self) -> None:
+        """See `BlockStore.check`. Of a server that is off nothing is known."""
+        answer = self._ask(Check(), _CHECK_SECONDS)
+        if isinstance(answer, Broken):
+            raise InvariantError(answer.reason)
 
     def close(self) -> None:
-        """Let the last messages leave. Further calls are errors."""
+        """End the session: what it leased returns. The server goes on. Further calls are errors."""
+        self._attendance.close()
+        self._attendance_link.close()
         with self._lock:
-            self._socket.close()
+            self._questions.tell(Bye())
+            self._questions.close(_LINGER_SECONDS)
             self._context.term()
+        for arena in (self._taken_arena, self._other_arena):
+            if arena is not None:
+                arena.close()
 
-    def _greet(self) -> ArenaInfo:
-        welcome = self._ask(Hello(VERSION))
-        if not isinstance(welcome, Welcome):
-            raise StoreError(f"the engine's store does not serve: {welcome}")
-        return welcome.arena
+    def _root_of(self, geometry: Geometry) -> bytes:
+        known, root = self._root
+        if geometry is not known:
+            root = root_key(geometry)
+            self._root = geometry, root
+        return root
 
-    def _ask(self, question: Question) -> Answer:
-        """The answer. Late answers of earlier questions are dropped."""
-        deadline = time.monotonic() + self._setup_seconds
+    def _begin(self, question: BeginLoad | BeginStore) -> Job | None:
+        answer = self._ask(question, self._options.job_deadline_seconds)
+        return answer.job if isinstance(answer, Begun) else None
+
+    def _ask(self, question: Question, timeout_seconds: float) -> Answer | None:
+        """The answer, or None: the server is off, or did not answer in time."""
+        if not self._attendance.is_on or not self._lock.acquire(timeout=timeout_seconds):
+            return None
+        try:
+            answer = self._questions.ask(question, timeout_seconds)
+        finally:
+            self._lock.release()
+        if answer is not None and not isinstance(answer, Stranger):
+            self._num_failures = 0
+            return answer
+        self.meter.add("client_unanswered")
+        self._num_failures += 1
+        if self._num_failures >= _MOST_FAILURES or answer is not None:
+            self._num_failures = 0
+            self._attendance.trip(ends=answer is not None)
+        return None
+
+    def _tell(self, question: Question) -> None:
+        self._questions.tell(question)
+        if self._lock.acquire(timeout=_LOCK_SECONDS):
+            self._questions.flush()
+            self._lock.release()
+
+    def _take_unasked(self, answer: Answer) -> None:
+        match answer:
+            case Polled():
+                self._polled.append(answer)
+            case Begun(job) if job is not None:  # It came too late: nobody is going to copy anything.
+                self._questions.tell(Cancel(job.job_id))
+
+    # -- in the attendance's thread ----------------------------------------------------------------------------------
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """See `Attended`. With a server that was not there before, all that was said is void."""
+        if welcome.arena == self._arena_info:
+            return
+        if self._maps_arena:
+            arena = Arena.attach(welcome.arena)
+            with self._arena_lock:
+                missed, self._other_arena = self._other_arena, arena
+            if missed is not None:
+                missed.close()
+        self._questions.forget()
+        self._arena_info = welcome.arena
+
+    def prove(self) -> bool:
+        """See `Attended`."""
         with self._lock:
-            number = next(self._numbers)
-            self._socket.send(encode((number, question)))
-            while (remaining_seconds := deadline - time.monotonic()) > 0:
-                if not self._socket.poll(int(remaining_seconds * 1000) + 1):
-                    break
-                try:
-                    answered, answer = decode_answer(self._socket.recv())
-                except msgspec.MsgspecError as error:
-                    raise StoreError(f"the store answers in another protocol: {error}") from error
-                if answered == number:
-                    return answer
-        raise StoreError(f"no answer from the store to {type(question).__name__} within {self._setup_seconds} s")
+            self._questions.await_connected(_PROOF_SECONDS)
+            return self._questions.ask(Beat(), _PROOF_SECONDS) is not None
+
+    def listen(self) -> None:
+        """See `Attended`."""
+        if self._lock.acquire(blocking=False):
+            self._questions.listen()
+            self._lock.release()

@@ -1,111 +1,154 @@
-"""Serves a store to other processes on a socket that only its owner's user can open. Knows no engine and no tensor."""
+"""Serves a store on a socket. Knows messages and sessions; no engine and no tensor."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
-from pathlib import Path
+import time
+from typing import Final
 
 import msgspec
 import zmq
 
-from kvferry.errors import ConfigError, StoreError
+from kvferry.errors import ConfigError
 from kvferry.observability.log import OnceLog
+from kvferry.server.answers import Answerer
+from kvferry.server.curve import ServerKeys, protect_server
+from kvferry.server.endpoint import Endpoint, Listener
 from kvferry.server.protocol import (
-    UNANSWERED,
-    VERSION,
+    MOST_MESSAGE_BYTES,
+    QUESTIONS_LINK,
+    UNNUMBERED,
     Answer,
-    Done,
-    Hello,
-    JobDone,
-    Question,
     Refused,
-    Register,
-    Welcome,
     decode_question,
     encode,
 )
-from kvferry.store.base import BlockStore
 
 logger = logging.getLogger(__name__)
 
+_SWEEP_MILLISECONDS: Final = 100
+_TIERS_MILLISECONDS: Final = 2
+"""How often lower tiers are looked at while a load waits for them."""
+_MOST_AT_ONCE: Final = 256
+
 
 class StoreServer:
-    """One thread that answers for `store` on the Unix socket `path`, which it makes, in a folder that only its user can
-    enter. The store stays the caller's; None: there is none, which every client is told at once.
+    """One thread that answers at `endpoint` for a store. The store stays the caller's.
 
-    StoreError: the socket cannot be made.
+    None: there is no store, which every client is told at once. StoreError: another server listens there, or the
+    socket cannot be made. ConfigError: other machines could connect, and there are no keys.
     """
 
-    def __init__(self, store: BlockStore | None, path: Path) -> None:
-        self._store = store
-        self._path = path
+    def __init__(self, answerer: Answerer | None, endpoint: Endpoint, keys: ServerKeys | None = None) -> None:
+        if keys is None and not endpoint.is_local:
+            raise ConfigError(f"{endpoint.url} is open to other machines: that takes keys (`kvferry keygen`)")
+        self._answerer = answerer
         self._log = OnceLog(logger)
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
+        self._socket.maxmsgsize = MOST_MESSAGE_BYTES
+        self._socket.router_handover = (
+            True  # A client that comes back may be quicker than the end of its last connection.
+        )
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._last_sweep = time.monotonic()
+        self._guard = protect_server(self._socket, keys) if keys is not None else None
         try:
-            self._socket.bind(f"ipc://{path}")
-            path.chmod(0o600)
-        except (OSError, zmq.ZMQError) as error:
+            self._listener = Listener(self._socket, endpoint)
+        except BaseException:
             self._release()
-            raise StoreError(f"no socket can be made at {path}: {error}") from error
+            raise
         self._thread = threading.Thread(target=self._serve, name="kvferry-server", daemon=True)
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """False: the thread broke off, and nobody is answered any more."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Answer nothing any more and remove the socket. To be called before the store is closed, once."""
         os.eventfd_write(self._stop, 1)
         self._thread.join()
+        self._listener.close()
         self._release()
-        self._path.unlink(missing_ok=True)
 
     def _release(self) -> None:
         self._socket.close()
+        if self._guard is not None:
+            self._guard.stop()
         self._context.term()
         os.close(self._stop)
 
     def _serve(self) -> None:
+        try:
+            self._run()
+        except Exception:  # the thread boundary
+            logger.exception("the server has broken off")
+
+    def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._stop, zmq.POLLIN)
         while True:
-            ready = dict(poller.poll())
-            if self._socket in ready:
-                self._take()
-            elif self._stop in ready:  # only once all that had come is taken
+            awaits_tiers = self._answerer is not None and self._answerer.awaits_tiers
+            ready = dict(poller.poll(_TIERS_MILLISECONDS if awaits_tiers else _SWEEP_MILLISECONDS))
+            is_drained = self._drain()
+            if self._answerer is not None:
+                for session, polled in self._answerer.take_polled():
+                    self._send(QUESTIONS_LINK + session.client_id, UNNUMBERED, polled)
+                if is_drained:
+                    self._sweep(self._answerer)
+            if is_drained and self._stop in ready:
                 return
 
-    def _take(self) -> None:
-        frames = self._socket.recv_multipart()
-        try:
-            number, question = decode_question(frames[-1])
-        except msgspec.MsgspecError as error:
-            self._log.warn("undecodable", "a message that is not of this protocol is ignored: %s", error)
-            return
-        try:
-            answer = self._answer(question)
-        except ConfigError as error:
-            answer = Refused(str(error))
-        except Exception as error:  # noqa: BLE001 - the message boundary
-            self._log.warn(type(question), "%s could not be answered: %r", type(question).__name__, error)
-            answer = Refused(repr(error))
-        if number != UNANSWERED:
-            self._socket.send_multipart([frames[0], encode((number, answer))])
+    def _drain(self) -> bool:
+        """Answer what has come; false if there may be more."""
+        for _ in range(_MOST_AT_ONCE):
+            try:
+                routing_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            self._take(routing_id, frames)
+        return False
 
-    def _answer(self, question: Question) -> Answer:
-        if self._store is None:
-            return Refused("there is no store")
-        match question:
-            case Hello(version) if version != VERSION:
-                return Refused(f"this is version {VERSION} of the protocol, not {version}")
-            case Hello():
-                return Welcome(self._store.arena())
-            case Register(engine, rank, geometry):
-                self._store.register(engine, rank, geometry)
-                return Done()
-            case JobDone(job_id, rank, ok):
-                self._store.done(job_id, rank, ok)
-                return Done()
+    def _take(self, routing_id: bytes, frames: list[bytes]) -> None:
+        try:
+            (message,) = frames
+            number, deadline, question = decode_question(message)
+        except (ValueError, msgspec.MsgspecError) as error:
+            self._count("server_undecodable")
+            self._log.warn("undecodable", "a message that is not of this protocol is refused: %s", error)
+            self._send(routing_id, UNNUMBERED, Refused(f"not of this protocol: {error}"))
+            return
+        if self._answerer is None:
+            self._send(routing_id, number, Refused("there is no store"))
+        elif number != UNNUMBERED and deadline < time.monotonic():
+            self._count("server_stale_questions")
+        else:
+            answer = self._answerer.answer(routing_id[1:], question)
+            if number != UNNUMBERED:
+                self._send(routing_id, number, answer)
+
+    def _send(self, routing_id: bytes, number: int, answer: Answer) -> None:
+        """To a client that is gone, or reads nothing, nothing is sent."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.send_multipart([routing_id, encode((number, answer))], zmq.NOBLOCK)
+
+    def _sweep(self, answerer: Answerer) -> None:
+        """End the sessions of the dead. All that had come is taken, and time in which this process itself did not run
+        is not held against them."""
+        now = time.monotonic()
+        elapsed, most = now - self._last_sweep, 2 * _SWEEP_MILLISECONDS / 1000
+        if elapsed >= most / 2:
+            self._last_sweep = now
+            for session in answerer.sessions.pass_time(min(elapsed, most)):
+                answerer.end(session, "has died")
+
+    def _count(self, name: str) -> None:
+        if self._answerer is not None:
+            self._answerer.meter.add(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,8 @@ from kvferry.blocks import Slot, Tier
 from kvferry.errors import InvariantError
 from kvferry.store.arena import COMMITTED, FREE, RESERVED, Arena, SlotHeader, slot_stride
 from kvferry.store.eviction import Evictor, make_policy
-from kvferry.store.slots import SlotAllocator, SlotClass
+from kvferry.store.recovery import Found, recover
+from kvferry.store.slots import Room, SlotAllocator, SlotClass
 
 EntryId = tuple[bytes, int]
 """Key and group."""
@@ -71,15 +72,21 @@ class Entry:
 
 
 class Index:
-    """The entries of one arena that has been cut."""
+    """The entries of one arena. adopt: also those that an earlier owner of the arena left whole."""
 
-    def __init__(self, arena: Arena, policy: Literal["lru", "s3fifo"]) -> None:
+    def __init__(self, arena: Arena, policy: Literal["lru", "s3fifo"], *, adopt: bool = False) -> None:
         self._arena = arena
-        self._slots = SlotAllocator(arena)
+        found = recover(arena) if adopt else Found()
+        self._slots = SlotAllocator(arena, found.slabs, found.unusable)
         self._evictor: Evictor[EntryId] = Evictor(make_policy(policy))
         self._entries: dict[EntryId, Entry] = {}
-        self._withdrawn: set[Slot] = set()
+        self._withdrawn = set(found.withdrawn)
         self.num_evicted = 0
+        for parts in found.entries:
+            header = parts[0][0]
+            want = Wanted((header.key, header.group), header.parent, header.num_bytes, header.num_ranks)
+            self._admit(Entry(want, tuple(slot for _, slot in parts), EntryState.COMMITTED))
+            self._evictor.unpin(want.id)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -93,18 +100,15 @@ class Index:
 
     def reserve(self, wanted: Sequence[Wanted], state: EntryState) -> list[Entry] | None:
         """New entries, each with one pin, evicting others if need be; None, and nothing evicted: no room for all."""
-        if not self._make_room(wanted):
+        needs = Counter(
+            SlotClass(slot_stride(want.part_bytes), rank) for want in wanted for rank in range(want.num_ranks)
+        )
+        if not (self._make_room(needs) and self._slots.prepare(needs)):
             return None
         entries: list[Entry] = []
         for want in wanted:
-            slots = self._take(want)
-            if slots is None:  # Shared memory turned out to be full.
-                for entry in entries:
-                    self.drop(entry)
-                return None
-            entry = Entry(want, slots, state)
-            self._entries[want.id] = entry
-            self._evictor.add(want.id, (want.parent, want.id[1]))
+            entry = Entry(want, self._take(want), state)
+            self._admit(entry)
             entries.append(entry)
         return entries
 
@@ -117,26 +121,29 @@ class Index:
         self._evictor.unpin(entry.id)
 
     def withdraw(self, entry: Entry) -> None:
-        """The entry is gone, but someone may still write to its slots: they stay unused until `give_back`.
+        """The entry is gone, but someone may still write to its slots: they stay unused until `reclaim`.
 
-        A writer that has not begun sees by the header (`Arena.holds`) that it must not.
+        A writer that has not begun sees by the header that it must not.
         """
-        del self._entries[entry.id]
-        self._evictor.remove(entry.id)
-        for slot in entry.slots:
-            self._arena.set_state(slot, FREE)
+        self._forget(entry)
         self._withdrawn.update(entry.slots)
 
-    def give_back(self, slots: Iterable[Slot]) -> None:
-        """Nobody writes to these slots of withdrawn entries any more."""
-        for slot in slots:
-            self._withdrawn.remove(slot)
+    def reclaim(self) -> None:
+        """Use withdrawn slots again that nobody writes to any more."""
+        ended = [slot for slot in self._withdrawn if not self._arena.is_written(slot)]
+        self._withdrawn.difference_update(ended)
+        for slot in ended:
             self._slots.give_back(slot)
+
+    @property
+    def num_withdrawn(self) -> int:
+        return len(self._withdrawn)
 
     def drop(self, entry: Entry) -> None:
         """The entry is gone and nobody writes to its slots."""
-        self.withdraw(entry)
-        self.give_back(entry.slots)
+        self._forget(entry)
+        for slot in entry.slots:
+            self._slots.give_back(slot)
 
     def touch(self, entry: Entry) -> None:
         """The entry was used."""
@@ -163,16 +170,15 @@ class Index:
             **self._slots.counts(),
         }
 
-    def check(self, pins: Counter[EntryId], withdrawn: Iterable[Slot]) -> None:
-        """InvariantError: entries, slots, headers and evictor disagree, or pins and withdrawn slots are not these."""
+    def check(self, pins: Counter[EntryId]) -> None:
+        """InvariantError: entries, slots, headers and evictor disagree, or pins are not these."""
         for entry_id, entry in self._entries.items():
             if entry.id != entry_id:
                 raise InvariantError(f"the entry under {entry_id} says it is {entry.id}")
             self._check_headers(entry)
-        if set(withdrawn) != self._withdrawn:
-            raise InvariantError("slots are withdrawn that no lapsed job accounts for, or the reverse")
         for slot in self._withdrawn:
-            if self._arena.holds(slot):
+            header = self._arena.read_header(slot)
+            if header is None or header.state != FREE or header.generation:
                 raise InvariantError(f"the header of withdrawn {slot} still lets writers begin")
         self._slots.check([slot for entry in self for slot in entry.slots] + list(self._withdrawn))
         self._evictor.check(pins, ((entry.id, (entry.wanted.parent, entry.id[1])) for entry in self))
@@ -181,70 +187,56 @@ class Index:
         """Reserve nothing any more."""
         self._slots.close()
 
-    def _make_room(self, wanted: Sequence[Wanted]) -> bool:
-        needs = Counter(
-            SlotClass(slot_stride(want.part_bytes), rank) for want in wanted for rank in range(want.num_ranks)
-        )
-        room = self._slots.room(needs)
-        if room.enough():
+    def _make_room(self, needs: Counter[SlotClass]) -> bool:
+        """Short slabs leave more over than the usual ones, but are better than evicting, or than no room at all."""
+        if self._slots.room(needs).enough() or self._slots.room(needs, tight=True).enough():
             return True
+        for tight in (False, True):
+            room = self._slots.room(needs, tight=tight)
 
-        def enough(victim: EntryId) -> bool:
-            room.give(self._entries[victim].slots)
-            return room.enough()
+            def enough(victim: EntryId, room: Room = room) -> bool:
+                room.give(self._entries[victim].slots)
+                return room.enough()
 
-        victims = self._evictor.evict(enough)
-        for victim in victims or ():
-            self._free(self._entries.pop(victim))
-        self.num_evicted += len(victims or ())
-        return victims is not None
+            victims = self._evictor.evict(enough)
+            if victims is not None:
+                for victim in victims:
+                    for slot in self._entries.pop(victim).slots:
+                        self._arena.set_state(slot, FREE)
+                        self._slots.give_back(slot)
+                self.num_evicted += len(victims)
+                return True
+        return False
 
-    def _free(self, entry: Entry) -> None:
+    def _admit(self, entry: Entry) -> None:
+        self._entries[entry.id] = entry
+        self._evictor.add(entry.id, (entry.wanted.parent, entry.id[1]))
+
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.id]
+        self._evictor.remove(entry.id)
         for slot in entry.slots:
             self._arena.set_state(slot, FREE)
-            self._slots.give_back(slot)
 
-    def _take(self, want: Wanted) -> tuple[Slot, ...] | None:
+    def _take(self, want: Wanted) -> tuple[Slot, ...]:
         slots: list[Slot] = []
         for rank in range(want.num_ranks):
             slot = self._slots.take(want.part_bytes, rank)
-            if slot is None:
-                for taken in slots:
-                    self._arena.set_state(taken, FREE)
-                    self._slots.give_back(taken)
-                return None
-            key, group = want.id
-            self._arena.write_header(
-                slot,
-                SlotHeader(
-                    slot.generation,
-                    RESERVED,
-                    slot.num_bytes,
-                    group,
-                    rank,
-                    want.num_ranks,
-                    _NO_CHECKSUM,
-                    key,
-                    want.parent,
-                ),
-            )
+            assert slot is not None, "slots were prepared"
+            self._arena.write_header(slot, _header_of(want, rank, slot, RESERVED))
             slots.append(slot)
         return tuple(slots)
 
     def _check_headers(self, entry: Entry) -> None:
-        key, group = entry.id
         state = COMMITTED if entry.state is EntryState.COMMITTED else RESERVED
         for rank, slot in enumerate(entry.slots):
-            expected = SlotHeader(
-                slot.generation,
-                state,
-                slot.num_bytes,
-                group,
-                rank,
-                entry.wanted.num_ranks,
-                _NO_CHECKSUM,
-                key,
-                entry.wanted.parent,
-            )
+            expected = _header_of(entry.wanted, rank, slot, state)
             if (header := self._arena.read_header(slot)) != expected:
                 raise InvariantError(f"the header of {slot} is {header}, the index says {expected}")
+
+
+def _header_of(want: Wanted, rank: int, slot: Slot, state: int) -> SlotHeader:
+    key, group = want.id
+    return SlotHeader(
+        slot.generation, state, slot.num_bytes, group, rank, want.num_ranks, _NO_CHECKSUM, key, want.parent
+    )

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from kvferry.blocks import Job, JobKind, Part, Slot
+from kvferry.blocks import Job, JobKind, Part
 from kvferry.store.index import Entry, EntryId, EntryState
 
 
@@ -35,13 +35,9 @@ class Lease:
     def num_bytes(self) -> int:
         return sum(entry.num_bytes for entry in self.entries)
 
-    @property
-    def slots(self) -> list[Slot]:
-        return [slot for entry in self.entries for slot in entry.slots]
-
 
 class LeaseTable:
-    """Leases by job id: the live ones, and lapsed stores whose ranks may still write.
+    """Leases by job id.
 
     boot_id: of the store, in hexadecimal. Job ids begin at a number made of it, so that what a rank says of a job of a
     store that is gone means none of this one's.
@@ -51,19 +47,14 @@ class LeaseTable:
         self._lease_seconds = lease_seconds
         self._ready_seconds = ready_seconds
         self._job_ids = itertools.count(int(boot_id[:10], 16) << 16)
-        self._live: dict[int, Lease] = {}
+        self._leases: dict[int, Lease] = {}
         """In the order of their deadlines, as all leases are equally long."""
-        self._lapsed: dict[int, Lease] = {}
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._leases)
 
     def __iter__(self) -> Iterator[Lease]:
-        return iter([*self._live.values()])
-
-    @property
-    def lapsed(self) -> list[Lease]:
-        return [*self._lapsed.values()]
+        return iter([*self._leases.values()])
 
     def open(self, kind: JobKind, entries: Sequence[tuple[int, Entry]], owner: str, now: float) -> Lease:
         """A new lease on entries, each with the number of its chunk, for a job of all their ranks."""
@@ -78,41 +69,33 @@ class LeaseTable:
             set(range(len(entries[0][1].slots))),
             awaited=awaited,
         )
-        self._live[lease.job.job_id] = lease
+        self._leases[lease.job.job_id] = lease
         return lease
 
     def find(self, job_id: int) -> Lease | None:
-        """The lease, live or lapsed."""
-        return self._live.get(job_id) or self._lapsed.get(job_id)
-
-    def is_lapsed(self, lease: Lease) -> bool:
-        return lease.job.job_id in self._lapsed
+        """The lease of a job that is under way."""
+        return self._leases.get(job_id)
 
     def end(self, lease: Lease) -> None:
         """The job is over."""
-        self._live.pop(lease.job.job_id, None)
-        self._lapsed.pop(lease.job.job_id, None)
-
-    def lapse(self, lease: Lease) -> None:
-        """The job is over for all but the ranks that may still write."""
-        self._lapsed[lease.job.job_id] = self._live.pop(lease.job.job_id)
+        self._leases.pop(lease.job.job_id, None)
 
     def waiting_for(self, entry: Entry) -> list[Lease]:
-        """Live leases that wait for a tier to fill this entry."""
-        return [lease for lease in self._live.values() if entry in lease.awaited]
+        """Leases that wait for a tier to fill this entry."""
+        return [lease for lease in self._leases.values() if entry in lease.awaited]
 
     def overdue(self, now: float) -> list[Lease]:
-        """Live leases whose tiers have not answered in time."""
-        return [lease for lease in self._live.values() if lease.awaited and lease.ready_by <= now]
+        """Leases whose tiers have not answered in time."""
+        return [lease for lease in self._leases.values() if lease.awaited and lease.ready_by <= now]
 
     def expired(self, now: float) -> list[Lease]:
-        """Live leases whose deadline has come."""
-        return [*itertools.takewhile(lambda lease: lease.deadline <= now, self._live.values())]
+        """Leases whose deadline has come."""
+        return [*itertools.takewhile(lambda lease: lease.deadline <= now, self._leases.values())]
 
     def next_ready_by(self) -> float | None:
         """When the first wait for lower tiers ends; None: nobody waits."""
-        return min((lease.ready_by for lease in self._live.values() if lease.awaited), default=None)
+        return min((lease.ready_by for lease in self._leases.values() if lease.awaited), default=None)
 
     def pins(self) -> Counter[EntryId]:
         """How many live leases each entry has."""
-        return Counter(entry.id for lease in self._live.values() for entry in lease.entries)
+        return Counter(entry.id for lease in self._leases.values() for entry in lease.entries)

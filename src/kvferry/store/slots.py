@@ -1,7 +1,8 @@
 """Which slots of an arena are free. Knows sizes, ranks and slabs; not what lies in a slot.
 
-A slab has one slot stride and one rank. When its last slot is freed it goes back to the supply and may serve another
-size next. A thread keeps memory claimed ahead of need, so that saving does not wait while the kernel zeroes pages.
+A slab has one slot stride and one rank. When its last slot is freed its units go back to the supply and may serve
+another size next; neighbours then make a longer run. A thread keeps memory claimed ahead of need, so that saving does
+not wait while the kernel zeroes pages.
 """
 
 from __future__ import annotations
@@ -9,18 +10,24 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from kvferry.blocks import Slot
 from kvferry.errors import InvariantError
 from kvferry.observability.log import OnceLog
-from kvferry.store.arena import Arena, slab_bytes_for, slot_stride, slots_per_slab
+from kvferry.store.arena import Arena, slot_stride, slots_in
 
 _AHEAD_BYTES: Final = 128 << 20
-_SLAB_TARGET_BYTES: Final = 16 << 20
-_MAX_SLOTS_TRIED: Final = 16
+_LARGEST_SHARE: Final = 8
+"""A slab is made longer, to leave less over, up to this part of the arena."""
+_MOST_LEFT_OVER: Final = 0.12
+_BARE, _COMING, _THERE, _TAKEN = range(4)
+"""A unit that nobody uses: without memory, being claimed, with memory. And one that a slab uses, or that has none."""
+_IS_FREE: Final = bytes.maketrans(bytes([_BARE, _COMING, _THERE, _TAKEN]), b"\1\1\1\0")
 
 
 class SlotClass(NamedTuple):
@@ -30,171 +37,202 @@ class SlotClass(NamedTuple):
     rank: int
 
 
-def choose_slab_bytes(arena_bytes: int, part_bytes: Iterable[int], num_ranks: int) -> int | None:
-    """The slab size that wastes least for parts of these sizes; None: one chunk of them does not fit the arena.
+class SlabUnits(NamedTuple):
+    """How many units a slab of one stride has: at least, for one slot, and usually, so that little is left over."""
 
-    Slabs are about `_SLAB_TARGET_BYTES` or a 32nd of a smaller arena, as a slab is what can change hands between
-    sizes. Candidates hold a whole number of slots of one of the sizes; the winner has the smallest share of its
-    worst-served size left over. At most 12 % is left over where sizes are equal or far apart.
+    least: int
+    usual: int
+
+
+class Run(NamedTuple):
+    """Units to make a slab of."""
+
+    of: SlotClass
+    first: int
+    num_units: int
+
+
+@lru_cache(maxsize=1024)
+def slab_units(unit_bytes: int, num_units: int, stride: int) -> SlabUnits:
+    """For an arena of so many units. `usual` is the fewest of which at most 12 % are left over, headers included, or
+    else, up to an eighth of the arena, those that leave the least."""
+    least = -(-stride // unit_bytes)
+    while not slots_in(least * unit_bytes, stride):
+        least += 1
+
+    def left_over(units: int) -> float:
+        return 1 - slots_in(units * unit_bytes, stride) * stride / (units * unit_bytes)
+
+    candidates = range(least, max(least, num_units // _LARGEST_SHARE) + 1)
+    best = next((units for units in candidates if left_over(units) <= _MOST_LEFT_OVER), None)
+    return SlabUnits(least, best or min(candidates, key=left_over))
+
+
+def pack(arena: Arena, free: bytearray, missing: Mapping[SlotClass, int], *, tight: bool) -> list[Run] | None:
+    """Runs for slabs of so many slots of each class; None: they do not fit. Pure.
+
+    free: a 1 for each free unit. tight: slabs as short as can be, should longer ones not fit.
     """
-    strides = sorted(map(slot_stride, part_bytes))
-    target = min(_SLAB_TARGET_BYTES, max(arena_bytes // 32, 1))
-    best: tuple[float, int] | None = None
-    for stride in set(strides):
-        least = max(1, target // stride)
-        for num_slots in range(least, least + _MAX_SLOTS_TRIED):
-            slab_bytes = slab_bytes_for(stride, num_slots)
-            if _slabs_for_a_chunk(slab_bytes, strides, num_ranks) > arena_bytes // slab_bytes:
-                continue
-            worst = max(1 - slots_per_slab(slab_bytes, other) * other / slab_bytes for other in strides)
-            best = min(best or (1.0, 0), (round(worst, 2), slab_bytes))
-    return best[1] if best else None
+    free = bytearray(free)
+    runs = []
+    for of in sorted(missing, reverse=True):
+        least, usual = slab_units(arena.unit_bytes, arena.num_units, of.stride)
+        num_units = least if tight else usual
+        for _ in range(-(-missing[of] // slots_in(num_units * arena.unit_bytes, of.stride))):
+            first = free.find(b"\1" * num_units)
+            if first < 0:
+                return None
+            free[first : first + num_units] = bytes(num_units)
+            runs.append(Run(of, first, num_units))
+    return runs
 
 
 def fits(arena: Arena, part_bytes: Iterable[int], num_ranks: int) -> bool:
-    """Whether a chunk of parts of these sizes fits an arena that is already cut."""
-    strides = [slot_stride(size) for size in part_bytes]
-    return _slabs_for_a_chunk(arena.slab_bytes, strides, num_ranks) <= arena.num_slabs
+    """Whether a chunk of parts of these sizes fits an arena that is empty."""
+    chunk = Counter(SlotClass(slot_stride(size), rank) for size in part_bytes for rank in range(num_ranks))
+    return pack(arena, bytearray(b"\1" * arena.num_units), chunk, tight=True) is not None
 
 
-def _slabs_for_a_chunk(slab_bytes: int, strides: list[int], num_ranks: int) -> float:
-    slabs = 0
-    for stride, count in Counter(strides).items():
-        per_slab = slots_per_slab(slab_bytes, stride)
-        if not per_slab:
-            return float("inf")
-        slabs += -(-count // per_slab) * num_ranks
-    return slabs
+class UnitSupply:
+    """Units that no slab uses, with their memory claimed ahead by a thread. Thread-safe, for one taker at a time.
 
+    taken: units that are in use from the beginning, or not to be used.
+    """
 
-class SlabSupply:
-    """Slabs that no size uses, with their memory claimed ahead by a thread. Thread-safe."""
-
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, taken: Iterable[int]) -> None:
         self._arena = arena
-        self._idle: deque[int] = deque()
-        self._next = 0
-        self._end = arena.num_slabs
-        self._num_claiming = 0
-        self._ahead = max(1, min(_AHEAD_BYTES // arena.slab_bytes, self._end // 4))
+        self._units = bytearray(arena.num_units)
+        for unit in taken:
+            self._units[unit] = _TAKEN
+        self._ahead = max(1, min(_AHEAD_BYTES // arena.unit_bytes, arena.num_units // 4))
         self._changed = threading.Condition()
         self._closed = False
         self._log = OnceLog(logging.getLogger(__name__))
         self._thread = threading.Thread(target=self._claim_ahead, name="kvferry-claim", daemon=True)
         self._thread.start()
 
-    def __len__(self) -> int:
-        """Slabs that `take` may still give."""
+    def free(self) -> bytearray:
+        """A 1 for each unit that `take` may give, a 0 for each other."""
         with self._changed:
-            return len(self._idle) + self._num_claiming + self._end - self._next
+            return self._units.translate(_IS_FREE)
 
-    def take(self) -> int | None:
-        """A slab with memory; waits for its memory if it must. None: there is no slab, or no memory for one."""
+    def take(self, first: int, num_units: int) -> bool:
+        """Use free units; waits for their memory if it must. False: there is no memory for them, nor for any unit
+        that has none yet; these are gone."""
+        run = slice(first, first + num_units)
         with self._changed:
-            while not self._idle:
-                if self._next < self._end:
-                    self._claim_next()
-                elif self._num_claiming:
-                    self._changed.wait()
+            while self._units[run] != bytes([_THERE]) * num_units:
+                bare = self._units.find(_BARE, run.start, run.stop)
+                if _TAKEN in self._units[run]:
+                    return False
+                if bare >= 0:
+                    self._claim(bare)
                 else:
-                    return None
-            slab = self._idle.popleft()
+                    self._changed.wait()
+            self._units[run] = bytes([_TAKEN]) * num_units
             self._changed.notify_all()
-            return slab
+            return True
 
-    def put_back(self, slab: int) -> None:
-        """A slab whose slots are all free. It keeps its memory and is the next to be taken."""
+    def put_back(self, first: int, num_units: int) -> None:
+        """Units of a slab that is no more. They keep their memory."""
         with self._changed:
-            self._idle.appendleft(slab)
+            self._units[first : first + num_units] = bytes([_THERE]) * num_units
 
     def close(self) -> None:
         """End the thread; wait until no claim is under way."""
         with self._changed:
             self._closed = True
-            self._end = self._next
             self._changed.notify_all()
         self._thread.join()
 
-    def _claim_next(self) -> None:
-        """Claim one slab, the lock released meanwhile."""
-        slab = self._next
-        self._next += 1
-        self._num_claiming += 1
+    def _claim(self, unit: int) -> None:
+        """Claim one unit, the lock released meanwhile."""
+        self._units[unit] = _COMING
         self._changed.release()
         failure: OSError | None = None
         try:
-            self._arena.claim(slab)
+            self._arena.claim(unit)
         except OSError as error:
             failure = error
         finally:
             self._changed.acquire()
-            self._num_claiming -= 1
             self._changed.notify_all()
-        if failure is None:
-            self._idle.append(slab)
-            return
-        # Claims go on in other threads: the highest slab without memory ends the arena, lower ones were claimed.
-        self._end = self._next
-        self._log.warn("full", "shared memory is full: the arena ends after %d slabs: %s", slab, failure)
+        self._units[unit] = _THERE
+        if failure is not None:
+            self._units[unit] = _TAKEN
+            self._units = self._units.replace(bytes([_BARE]), bytes([_TAKEN]))
+            self._log.warn("full", "shared memory is full: the arena ends after %d units: %s", unit, failure)
 
     def _claim_ahead(self) -> None:
         with self._changed:
             while not self._closed:
-                if len(self._idle) + self._num_claiming < self._ahead and self._next < self._end:
-                    self._claim_next()
+                bare = self._units.find(_BARE)
+                if bare >= 0 and self._units.count(_COMING) + self._units.count(_THERE) < self._ahead:
+                    self._claim(bare)
                 else:
                     self._changed.wait()
+
+
+@dataclass(slots=True, eq=False)
+class Slab:
+    """A slab in use. free: offsets of its free slots, the lowest last."""
+
+    run: Run
+    num_slots: int
+    free: list[int]
+
+    @property
+    def units(self) -> range:
+        return range(self.run.first, self.run.first + self.run.num_units)
 
 
 class Room:
     """What-if over an allocator: would there be room for `needs`, were some slots given back? Changes nothing.
 
-    Valid until the allocator changes.
+    Valid until the allocator changes. tight: see `pack`.
     """
 
-    def __init__(self, allocator: SlotAllocator, needs: Mapping[SlotClass, int]) -> None:
+    def __init__(self, allocator: SlotAllocator, needs: Mapping[SlotClass, int], *, tight: bool) -> None:
         self._allocator = allocator
         self._needs = needs
-        self._spare = allocator.num_spare
-        self._num_free = Counter({of: allocator.num_free(of) for of in needs})
-        self._given: Counter[int] = Counter()
+        self._tight = tight
+        self._units = allocator.free_units()
+        self._given: Counter[SlotClass] = Counter()
+        self._given_in: Counter[Slab] = Counter()
 
     def give(self, slots: Iterable[Slot]) -> None:
         """Suppose that these taken slots were given back."""
         for slot in slots:
-            slab, of, num_free, num_slots = self._allocator.slab_state(slot)
-            self._given[slab] += 1
-            self._num_free[of] += 1
-            if num_free + self._given[slab] == num_slots:
-                self._num_free[of] -= num_slots
-                self._spare += 1
+            slab = self._allocator.slab_of(slot)
+            of, first, num_units = slab.run
+            self._given_in[slab] += 1
+            self._given[of] += 1
+            if len(slab.free) + self._given_in[slab] == slab.num_slots:
+                self._given[of] -= slab.num_slots
+                self._units[first : first + num_units] = b"\1" * num_units
 
     def enough(self) -> bool:
         """Whether there would be room."""
-        spare = self._spare
-        for of, count in self._needs.items():
-            missing = count - self._num_free[of]
-            if missing > 0:
-                num_slots = self._allocator.slots_per_slab(of)
-                if not num_slots:
-                    return False
-                spare -= -(-missing // num_slots)
-        return spare >= 0
+        return self._allocator.plan(self._units, self._needs, self._given, tight=self._tight) is not None
 
 
 class SlotAllocator:
-    """Free lists over the slabs of an arena. Callers serialise."""
+    """Free lists over the slabs of an arena. Callers serialise.
 
-    def __init__(self, arena: Arena) -> None:
+    slabs: what an earlier owner of the arena left. unusable: units to leave alone.
+    """
+
+    def __init__(self, arena: Arena, slabs: Sequence[Slab] = (), unusable: Iterable[int] = ()) -> None:
         self._arena = arena
-        self._supply = SlabSupply(arena)
-        self._generations = itertools.count(1)
-        self._slabs: dict[int, SlotClass] = {}
-        self._free: dict[int, list[int]] = {}
-        """Free offsets of each slab in use, the lowest last."""
-        self._open: dict[SlotClass, dict[int, None]] = {}
+        self._supply = UnitSupply(arena, [*unusable, *(unit for slab in slabs for unit in slab.units)])
+        self._generations = itertools.count(arena.first_generation)
+        self._slabs: dict[int, Slab] = {}
+        """By first unit."""
+        self._open: dict[SlotClass, dict[Slab, None]] = {}
         """Slabs of a class that have a free slot, the longest open first."""
         self._num_free: Counter[SlotClass] = Counter()
+        for slab in slabs:
+            self._add(slab)
 
     def take(self, num_bytes: int, rank: int) -> Slot | None:
         """A slot for a payload of `num_bytes`, with a generation that no slot of this arena had before; None: no room.
@@ -202,85 +240,113 @@ class SlotAllocator:
         Its header still says free.
         """
         of = SlotClass(slot_stride(num_bytes), rank)
-        if not self._open.get(of) and not self._add_slab(of):
+        if of not in self._open and not self.prepare({of: 1}):
             return None
         slab = next(iter(self._open[of]))
-        free = self._free[slab]
-        offset = free.pop()
+        offset = slab.free.pop()
         self._num_free[of] -= 1
-        if not free:
-            del self._open[of][slab]
+        if not slab.free:
+            self._shut(slab)
         return Slot(offset, num_bytes, next(self._generations))
 
     def give_back(self, slot: Slot) -> None:
-        """The slot's header already says free. An empty slab returns to the supply."""
-        slab = self._arena.slab_of(slot.offset)
-        of = self._slabs[slab]
-        free = self._free[slab]
-        free.append(slot.offset)
-        self._num_free[of] += 1
-        if len(free) < self.slots_per_slab(of):
-            self._open[of][slab] = None
-            return
-        del self._slabs[slab], self._free[slab]
-        self._open[of].pop(slab, None)
-        self._num_free[of] -= len(free)
-        self._supply.put_back(slab)
+        """The slot's header already says free. The units of an empty slab return to the supply."""
+        slab = self.slab_of(slot)
+        slab.free.append(slot.offset)
+        self._num_free[slab.run.of] += 1
+        self._open.setdefault(slab.run.of, {})[slab] = None
+        if len(slab.free) == slab.num_slots:
+            self._dissolve(slab)
 
-    def room(self, needs: Mapping[SlotClass, int]) -> Room:
+    def room(self, needs: Mapping[SlotClass, int], *, tight: bool = False) -> Room:
         """Ask whether, and after giving back what, `needs` slots of each class could be taken."""
-        return Room(self, needs)
+        return Room(self, needs, tight=tight)
 
-    @property
-    def num_spare(self) -> int:
-        """Slabs that no class uses."""
-        return len(self._supply)
+    def prepare(self, needs: Mapping[SlotClass, int]) -> bool:
+        """Make the slabs without which `needs` slots of each class cannot be taken. False, and none made: there is no
+        room for them, or no memory."""
+        units = self.free_units()
+        runs = self.plan(units, needs, tight=False)
+        if runs is None:
+            runs = self.plan(units, needs, tight=True)
+        made: list[Slab] = []
+        for run in runs or ():
+            if not self._supply.take(run.first, run.num_units):
+                for slab in made:
+                    self._dissolve(slab)
+                return False
+            of, first, num_units = run
+            free = self._arena.format_slab(first, num_units, of.stride, of.rank)[::-1]
+            made.append(Slab(run, len(free), free))
+            self._add(made[-1])
+        return runs is not None
 
-    def num_free(self, of: SlotClass) -> int:
-        """Free slots in slabs of this class."""
-        return self._num_free[of]
+    def plan(
+        self, units: bytearray, needs: Mapping[SlotClass, int], given: Counter[SlotClass] | None = None, *, tight: bool
+    ) -> list[Run] | None:
+        """Where slabs would lie, were these units and slots free; see `pack`."""
+        missing = {of: count - self._num_free[of] - (given[of] if given else 0) for of, count in needs.items()}
+        return pack(self._arena, units, {of: count for of, count in missing.items() if count > 0}, tight=tight)
 
-    def slots_per_slab(self, of: SlotClass) -> int:
-        """Slots that a slab of this class has."""
-        return slots_per_slab(self._arena.slab_bytes, of.stride)
+    def free_units(self) -> bytearray:
+        """A 1 for each unit that no slab uses."""
+        return self._supply.free()
 
-    def slab_state(self, slot: Slot) -> tuple[int, SlotClass, int, int]:
-        """The slab of a taken slot, its class, its free slots and all its slots."""
-        slab = self._arena.slab_of(slot.offset)
-        of = self._slabs[slab]
-        return slab, of, len(self._free[slab]), self.slots_per_slab(of)
+    def slab_of(self, slot: Slot) -> Slab:
+        """The slab of a taken slot."""
+        first = self._arena.slab_of(slot.offset)
+        assert first is not None, "a slot lies in a slab"
+        return self._slabs[first]
 
     def check(self, taken: Iterable[Slot]) -> None:
-        """InvariantError: `taken` and the free slots are not exactly the slots of the slabs in use."""
-        offsets = [slot.offset for slot in taken] + [offset for free in self._free.values() for offset in free]
-        expected = sum(self.slots_per_slab(of) for of in self._slabs.values())
+        """InvariantError: `taken` and the free slots are not exactly the slots of the slabs in use, or a slab is not
+        where the arena says."""
+        free = [offset for slab in self._slabs.values() for offset in slab.free]
+        offsets = [slot.offset for slot in taken] + free
+        expected = sum(slab.num_slots for slab in self._slabs.values())
         if len(offsets) != len(set(offsets)) or len(offsets) != expected:
             raise InvariantError(f"{len(offsets)} slots are taken or free, {expected} exist")
         for of, slabs in self._open.items():
-            free = sum(len(self._free[slab]) for slab in slabs)
-            if free != self._num_free[of] or any(self._slabs[slab] != of for slab in slabs):
-                raise InvariantError(f"{free} free slots of {of}, {self._num_free[of]} counted")
+            num_free = sum(len(slab.free) for slab in slabs)
+            if num_free != self._num_free[of] or not slabs or any(slab.run.of != of for slab in slabs):
+                raise InvariantError(f"{num_free} free slots of {of}, {self._num_free[of]} counted")
+        if sum(map(len, self._open.values())) != sum(bool(slab.free) for slab in self._slabs.values()):
+            raise InvariantError("a slab with a free slot is not open, or the reverse")
+        slab_of = {unit: first for first, slab in self._slabs.items() for unit in slab.units}
+        for unit, is_free in enumerate(self.free_units()):
+            if self._arena.slab_of_unit(unit) != slab_of.get(unit) or (is_free and unit in slab_of):
+                raise InvariantError(f"unit {unit} belongs to another slab than the arena says, or is also free")
 
     def counts(self) -> dict[str, int]:
-        """Slabs in use and spare, free slots in slabs in use."""
+        """Slabs in use, free units, free slots in slabs in use."""
         return {
             "slabs_used": len(self._slabs),
-            "slabs_spare": len(self._supply),
-            "slots_free": sum(map(len, self._free.values())),
+            "units_free": self.free_units().count(1),
+            "slots_free": self._num_free.total(),
         }
 
     def close(self) -> None:
         """End the claiming thread; nothing may be taken any more."""
         self._supply.close()
 
-    def _add_slab(self, of: SlotClass) -> bool:
-        if not self.slots_per_slab(of):
-            return False
-        slab = self._supply.take()
-        if slab is None:
-            return False
-        self._slabs[slab] = of
-        self._free[slab] = self._arena.format_slab(slab, of.stride, of.rank)[::-1]
-        self._open.setdefault(of, {})[slab] = None
-        self._num_free[of] += len(self._free[slab])
-        return True
+    def _add(self, slab: Slab) -> None:
+        """A slab of which a slot at least is taken, or about to be."""
+        self._slabs[slab.run.first] = slab
+        if slab.free:
+            self._open.setdefault(slab.run.of, {})[slab] = None
+            self._num_free[slab.run.of] += len(slab.free)
+
+    def _dissolve(self, slab: Slab) -> None:
+        of, first, num_units = slab.run
+        del self._slabs[first]
+        self._num_free[of] -= slab.num_slots
+        self._shut(slab)
+        self._arena.free_slab(first, num_units)
+        self._supply.put_back(first, num_units)
+
+    def _shut(self, slab: Slab) -> None:
+        """The slab has no free slot, or is no more."""
+        opened = self._open[slab.run.of]
+        del opened[slab]
+        if not opened:
+            del self._open[slab.run.of], self._num_free[slab.run.of]

@@ -6,11 +6,9 @@ engine, request or tensor.
 A slot that someone may still write to is never used again under them:
 
 ===================================  ======================================================================
-a store's lease lapses               its slots are withdrawn, until every rank said done or the owner's
-                                     end is known (`release`). No grace period: a process stopped in the
-                                     middle of a copy may go on at any later time. A copy not yet begun
-                                     is not begun, as the header lost its generation (`Arena.holds`)
-an owner is released                 at once: the caller vouches that the owner's copies have ended
+a store's lease lapses, its owner    its slots are withdrawn and lose their generation, so that no copy is begun
+is released, or it is cancelled      any more; they are used again once no writer has a lock on them
+                                     (`Arena.begin_writing`), which is at once if none had begun
 a load's wait for a tier ends        the entry stays PROMOTING until the tier's thread has returned
 a load's lease lapses                at once: a reader that comes late sees after its copy, by the
                                      generation, that the bytes may be others, and counts it as failed
@@ -19,6 +17,8 @@ a load's lease lapses                at once: a reader that comes late sees afte
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -30,25 +30,30 @@ from kvferry.config import StoreOptions
 from kvferry.errors import ConfigError
 from kvferry.hit import longest_hit, needed_units
 from kvferry.observability.metrics import Meter
-from kvferry.store.arena import ALIGNMENT, Arena
+from kvferry.store.arena import Arena
 from kvferry.store.base import ArenaInfo, Match, PollResult
 from kvferry.store.index import Entry, EntryId, EntryState, Index, Wanted
 from kvferry.store.keys import root_key
 from kvferry.store.leases import Lease, LeaseTable
-from kvferry.store.slots import choose_slab_bytes, fits
+from kvferry.store.slots import fits
 from kvferry.store.stack import TierStack
 from kvferry.store.tier import ByteTier
+
+logger = logging.getLogger(__name__)
 
 LEASE_SECONDS: Final = 60.0
 WRITING_SHARE: Final = 4
 """At most one part in this many of the arena waits to be written to a tier: it cannot be evicted meanwhile."""
+_RECLAIM_SECONDS: Final = 0.1
+"""How often it is asked whether withdrawn slots are still being written to."""
 
 
 class Store:
     """A `BlockStore` in this process. Thread-safe.
 
     tiers: below memory, nearest first; the store owns them. lease_seconds: how long a job may take. clock: seconds,
-    monotonic. ArenaError: shared memory cannot be made.
+    monotonic. adopt: for a server, whose arena has a fixed name in its folder and outlives it if it is killed: what the
+    last one had committed is here again. ArenaError: shared memory cannot be made, or another server has it.
     """
 
     def __init__(
@@ -58,16 +63,20 @@ class Store:
         tiers: Sequence[ByteTier] = (),
         lease_seconds: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        adopt: bool = False,
     ) -> None:
         self._options = options
         self._clock = clock
-        self._arena = Arena.create(int(options.l1_size_gb * 1e9), options.arena_dir)
+        self._arena = Arena.create(int(options.l1_size_gb * 1e9), options.arena_dir, adopt=adopt)
         self._tiers = TierStack(tiers, self._arena.info.num_bytes // WRITING_SHARE)
-        self._index: Index | None = None
+        self._index = Index(self._arena, options.eviction_policy, adopt=adopt)
+        if len(self._index):
+            logger.info("%d parts of an earlier server are kept in %s", len(self._index), self._arena.info.path)
         self._engines: dict[str, dict[int, Geometry]] = {}
         self._roots: dict[Geometry, bytes] = {}
         self._lease_seconds = lease_seconds
         self._leases = self._no_leases()
+        self._reclaim_at = 0.0
         self._ready: list[int] = []
         self._failed: list[int] = []
         self._writing: Counter[EntryId] = Counter()
@@ -77,7 +86,7 @@ class Store:
         self._closed = False
 
     def register(self, engine: str, rank: int, geometry: Geometry) -> None:
-        """See `BlockStore.register`. The first geometry decides how the arena is cut."""
+        """See `BlockStore.register`."""
         sizes = [group.part_bytes for group in geometry.groups]
         if not sizes or min(sizes) <= 0 or not 0 <= rank < geometry.num_ranks or geometry.chunk_tokens < 1:
             raise ConfigError(f"rank {rank} of engine {engine} declares an impossible geometry: {geometry}")
@@ -87,12 +96,7 @@ class Store:
                 raise ConfigError(f"ranks of engine {engine} declare different geometries; rank {rank}: {geometry}")
             if self._closed:
                 raise ConfigError(f"engine {engine} registers with a store that is closed")
-            if self._index is None:
-                slab_bytes = choose_slab_bytes(self._arena.info.num_bytes - ALIGNMENT, sizes, geometry.num_ranks)
-                if slab_bytes is not None:
-                    self._arena.cut(slab_bytes)
-                    self._index = Index(self._arena, self._options.eviction_policy)
-            if self._index is None or not fits(self._arena, sizes, geometry.num_ranks):
+            if not fits(self._arena, sizes, geometry.num_ranks):
                 raise ConfigError(
                     f"a chunk of {geometry.num_ranks} x {sizes} bytes does not fit the arena of "
                     f"{self._arena.info.num_bytes} bytes: set l1_size_gb higher or chunk_tokens lower"
@@ -143,7 +147,7 @@ class Store:
         with self._lock:
             self._expire()
             wanted = self._wanted(geometry, keys, first_chunk)
-            if self._index is None or self._closed or not wanted:
+            if self._closed or not wanted:
                 return None
             entries = [self._index.get(want.id) for _, want in wanted]
             missing = [want for (_, want), entry in zip(wanted, entries, strict=True) if entry is None]
@@ -181,7 +185,7 @@ class Store:
         """See `BlockStore.begin_store`. A full-attention part without its parent is not stored: no hit finds it."""
         with self._lock:
             self._expire()
-            if self._index is None or self._closed:
+            if self._closed:
                 return None
             by_chunk: dict[int, list[Wanted]] = {}
             for chunk, want in self._wanted(geometry, keys, first_chunk):
@@ -220,41 +224,38 @@ class Store:
             lease.ok &= ok
             if lease.ranks:
                 return
-            was_lapsed = self._leases.is_lapsed(lease)
             self._leases.end(lease)
-            if was_lapsed:
-                self._give_back(lease)
-            elif lease.job.kind is JobKind.LOAD:
+            if lease.job.kind is JobKind.LOAD:
                 self._meter.add("loaded_bytes" if lease.ok else "failed_loads", lease.num_bytes if lease.ok else 1)
                 self._unpin(lease)
             elif lease.ok:
                 self._commit(lease)
             else:
                 self._meter.add("failed_stores")
-                self._drop(lease)
+                for entry in lease.entries:
+                    self._index.drop(entry)
 
     def cancel(self, job_id: int) -> None:
         """See `BlockStore.cancel`. Promotions that are under way go on and are committed."""
         with self._lock:
             lease = self._leases.find(job_id)
-            if lease is None or self._leases.is_lapsed(lease):
+            if lease is None:
                 self._meter.add("unknown_jobs")
             else:
-                was_told = len(lease.ranks) < lease.entries[0].wanted.num_ranks
-                self._take_back(lease, writing=was_told)
+                self._take_back(lease)
 
     def release(self, owner: str) -> None:
-        """Return all that `owner` leased. The caller vouches that the owner's copies have ended, as with its death."""
+        """Return all that `owner` leased. Its ranks may still be copying."""
         with self._lock:
             for lease in self._leases:
                 if lease.owner == owner:
-                    self._take_back(lease, writing=False)
-            for lease in self._leases.lapsed:
-                if lease.owner == owner:
-                    self._leases.end(lease)
-                    self._give_back(lease)
+                    self._take_back(lease)
 
-    def poll(self, timeout_seconds: float = 0.0) -> PollResult:
+    def unregister(self, engine: str) -> None:
+        with self._lock:
+            self._engines.pop(engine, None)
+
+    def poll(self, timeout_seconds: float = 0.0, *, owner: str = "local") -> PollResult:
         """See `BlockStore.poll`. A load that its tiers have not answered within `load_deadline_seconds` has failed."""
         with self._lock:
             self._expire()
@@ -273,23 +274,19 @@ class Store:
         with self._lock:
             values: dict[str, float] = {**self._meter.snapshot(), "arena_bytes": self._arena.info.num_bytes}
             values["leases"] = len(self._leases)
-            values["leases_lapsed_writing"] = len(self._leases.lapsed)
             values["parts_being_written_through"] = self._writing.total()
-            if self._index is not None:
-                values.update(self._index.counts())
-            return {**values, **self._tiers.stats()}
+            return {**values, **self._index.counts(), **self._tiers.stats()}
 
     def check(self) -> None:
         """See `BlockStore.check`."""
         with self._lock:
-            if self._index is None:
+            if self._closed:
                 return
             filling = Counter(entry.id for entry in self._index if entry.state is EntryState.PROMOTING)
-            withdrawn = [slot for lease in self._leases.lapsed for slot in lease.slots]
-            self._index.check(self._writing + filling + self._leases.pins(), withdrawn)
+            self._index.check(self._writing + filling + self._leases.pins())
 
-    def close(self) -> None:
-        """See `BlockStore.close`. Copies of this store's arena must have ended."""
+    def close(self, *, keep_arena: bool = False) -> None:
+        """See `BlockStore.close`. Copies of this store's arena must have ended. keep_arena: for the next server."""
         with self._lock:
             if self._closed:
                 return
@@ -297,11 +294,10 @@ class Store:
             self._answered.notify_all()
         self._tiers.close(self._options.close_deadline_seconds)
         with self._lock:
-            if self._index is not None:
-                self._index.close()
-            self._index = None
+            self._index.close()
             self._leases = self._no_leases()
-            self._arena.close()
+            self._reclaim_at = math.inf
+            self._arena.close(keep=keep_arena)
 
     def _wanted(self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int) -> list[tuple[int, Wanted]]:
         """What an engine needs after the last of `keys`, by chunk and then group."""
@@ -316,16 +312,15 @@ class Store:
         return wanted
 
     def _entry(self, entry_id: EntryId) -> Entry:
-        entry = self._index.get(entry_id) if self._index is not None else None
+        entry = self._index.get(entry_id)
         assert entry is not None, "what was just reserved or pinned is there"
         return entry
 
     def _locate(self, geometry: Geometry, keys: Sequence[bytes], group: int) -> list[Tier | None]:
         """The nearest place of this group of each chunk."""
-        index = self._index
-        if index is None or self._closed or geometry not in self._roots:
+        if self._closed or geometry not in self._roots:
             return [None] * len(keys)
-        entries = [index.get((key, group)) for key in keys]
+        entries = [self._index.get((key, group)) for key in keys]
         tiers = [_tier_of(entry) for entry in entries]
         absent = [chunk for chunk, entry in enumerate(entries) if entry is None]
         below = self._tiers.locate([keys[chunk] for chunk in absent], group, geometry.num_ranks)
@@ -336,7 +331,6 @@ class Store:
     def _is_orphan(self, geometry: Geometry, chunk: int, want: Wanted) -> bool:
         if chunk == 0 or geometry.groups[want.id[1]].kind is not GroupKind.FULL:
             return False
-        assert self._index is not None
         parent = (want.parent, want.id[1])
         return self._index.get(parent) is None and self._tiers.source(parent, want.num_ranks) is None
 
@@ -346,7 +340,7 @@ class Store:
     def _arrived(self, entry: Entry, ok: bool) -> None:
         """A tier has finished with one part of an entry; called in its thread."""
         with self._lock:
-            if self._index is None:  # It answers after closing gave up on it.
+            if self._closed:  # It answers after closing gave up on it.
                 return
             entry.num_awaited -= 1
             entry.failed |= not ok
@@ -391,10 +385,15 @@ class Store:
             if lease.awaited:
                 self._fail(lease)
             else:
-                self._take_back(lease, writing=True)
+                self._take_back(lease)
+        if self._index.num_withdrawn and now >= self._reclaim_at:
+            self._reclaim(now)
+
+    def _reclaim(self, now: float) -> None:
+        self._index.reclaim()
+        self._reclaim_at = now + _RECLAIM_SECONDS
 
     def _commit(self, lease: Lease) -> None:
-        assert self._index is not None
         self._meter.add("stored_bytes", lease.num_bytes)
         for entry in lease.entries:
             self._index.commit(entry)
@@ -402,14 +401,13 @@ class Store:
             self._tiers.write(entry, self._arena.view, self._writing_begins, self._written)
 
     def _writing_begins(self, entry: Entry) -> None:
-        assert self._index is not None, "what is written was reserved"
         self._index.pin(entry)
         self._writing[entry.id] += 1
 
     def _written(self, entry: Entry, ok: bool) -> None:
         """A tier needs one part of an entry no more; called in its thread."""
         with self._lock:
-            if self._index is None:
+            if self._closed:
                 return
             self._index.unpin(entry)
             self._writing[entry.id] -= 1
@@ -417,32 +415,18 @@ class Store:
                 del self._writing[entry.id]
 
     def _unpin(self, lease: Lease) -> None:
-        assert self._index is not None
         for entry in lease.entries:
             self._index.unpin(entry)
 
-    def _take_back(self, lease: Lease, *, writing: bool) -> None:
-        """End a job that will not be done. `writing`: its ranks may still write to its slots, if it is a store."""
-        assert self._index is not None
+    def _take_back(self, lease: Lease) -> None:
+        """End a job that will not be done. Its ranks may still write to its slots, if it is a store."""
+        self._leases.end(lease)
         if lease.job.kind is JobKind.LOAD:
-            self._leases.end(lease)
             self._unpin(lease)
-        elif writing:
-            self._leases.lapse(lease)
-            for entry in lease.entries:
-                self._index.withdraw(entry)
-        else:
-            self._leases.end(lease)
-            self._drop(lease)
-
-    def _drop(self, lease: Lease) -> None:
-        assert self._index is not None
+            return
         for entry in lease.entries:
-            self._index.drop(entry)
-
-    def _give_back(self, lease: Lease) -> None:
-        assert self._index is not None
-        self._index.give_back(lease.slots)
+            self._index.withdraw(entry)
+        self._reclaim(self._clock())
 
 
 def _loadable(entry: Entry) -> bool:

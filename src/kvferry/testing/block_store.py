@@ -56,9 +56,11 @@ def register(store: BlockStore, geometry: Geometry, engine: str = ENGINE) -> Non
 
 def copy_in(arena: Arena, job: Job, keys: Sequence[bytes], rank: int) -> None:
     """Do what a mover does with a store's job."""
-    for part in job.parts:
-        assert arena.holds(part.slots[rank])
-        arena.view(part.slots[rank])[:] = bytes_of(keys[part.chunk], part, rank)
+    writing = arena.begin_writing([part.slots[rank] for part in job.parts])
+    assert writing is not None
+    with writing:
+        for part in job.parts:
+            arena.view(part.slots[rank])[:] = bytes_of(keys[part.chunk], part, rank)
 
 
 def assert_copied(arena: Arena, job: Job, keys: Sequence[bytes]) -> None:
@@ -278,12 +280,15 @@ class BlockStoreSuite:
         assert store.match(other, keys_of(other, 3)).num_chunks == 0
         self.end(store, arena)
 
-    def test_sizes_take_slabs_from_each_other(self) -> None:
-        big, small = full_geometry(part_bytes=16384), full_geometry(part_bytes=4096, identity="small")
-        store, arena = self.open(big, arena_bytes=600_000)
-        register(store, small, engine="small")
-        for geometry in (big, small, big, small):
-            for prompt in range(12):
+    def test_parts_of_any_size_take_memory_from_each_other(self) -> None:
+        """Whichever registers first, in slots that are a fraction or a multiple of the arena's units."""
+        sizes = (4096, 50_000, 16384, 120_000)
+        geometries = [full_geometry(part_bytes=size, identity=str(size)) for size in sizes]
+        store, arena = self.open(geometries[0], arena_bytes=600_000)
+        for geometry in geometries[1:]:
+            register(store, geometry, engine=geometry.identity)
+        for geometry in (*geometries, *reversed(geometries), *geometries):
+            for prompt in range(6):
                 keys = keys_of(geometry, 3, first_token=1000 + prompt)
                 self.save(store, arena, geometry, keys)
                 assert self.load(store, arena, geometry, keys) == 3

@@ -1,8 +1,9 @@
 """Show on a real model what each place that keeps KV saves.
 
 Asks questions about one document of about 1,800 tokens: cold; with the document's KV in the engine's pool; after other
-prompts pushed it out of the pool, so that it comes from host memory; and in a new process, where it comes from disk.
-Checks every answer token by token against an engine that reuses nothing. Exit code 1: one was not the same.
+prompts pushed it out of the pool, so that it comes from host memory; in a new process, where it comes from disk; and in
+an engine that never saw it, from the memory of a cache server that another engine filled. Checks every answer token by
+token against an engine that reuses nothing. Exit code 1: one was not the same.
 
 examples:
   kvferry demo
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from kvferry.cli.demo.report import Step
     from kvferry.cli.demo.steps import Answer, Setting
 
-STEPS = ("1 cold", "2 engine's pool", "3 host memory", "4 disk, restarted")
+STEPS = ("1 cold", "2 engine's pool", "3 host memory", "4 disk, restarted", "5 cache server")
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -71,10 +72,30 @@ def _run_steps(setting: Setting, console: Console) -> list[Step]:
     answers = [*_run_in_one_engine(setting, prompts, console)]
     with _working(console, f"Step {STEPS[3]}"):
         answers.append(ask_in_new_process(Question(setting, prompts.token_ids[3])))
+    with _working(console, "Starting a cache server"), _cache_server(setting) as shared:
+        with _working(console, "An engine fills the server: it computes the document and ends"):
+            ask_in_new_process(Question(shared, prompts.token_ids[0]))
+        with _working(console, f"Step {STEPS[4]}: another engine"):
+            answers.append(ask_in_new_process(Question(shared, prompts.token_ids[4])))
     return [
         Step(name, question, answer, is_same=answer.token_ids == reference.token_ids)
         for name, question, answer, reference in zip(STEPS, prompts.questions, answers, expected, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def _cache_server(setting: Setting) -> Iterator[Setting]:
+    """The setting of engines that use a server, which runs meanwhile in a process of its own."""
+    import msgspec
+
+    from kvferry.testing.servers import ServerProcess
+
+    arguments = ["--l1-size-gb", str(setting.arena_gb), "--chunk-size", str(setting.chunk_tokens)]
+    with (
+        tempfile.TemporaryDirectory(prefix="kvferry-demo-", dir="/dev/shm") as folder,
+        ServerProcess(Path(folder), *arguments) as server,
+    ):
+        yield msgspec.structs.replace(setting, server_url=server.url)
 
 
 def _run_without_reuse(setting: Setting, console: Console) -> tuple[Prompts, list[Answer]]:

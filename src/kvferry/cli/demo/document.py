@@ -15,6 +15,7 @@ QUESTIONS = (
     "What is a free variable?",
     "When is a NameError raised?",
     "What does the global statement do?",
+    "What is a block in Python?",
 )
 
 _INSTRUCTION = (

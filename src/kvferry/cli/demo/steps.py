@@ -1,6 +1,6 @@
 """Runs the demo's questions through engines and says where each prompt's KV came from. Prints nothing to the terminal.
 
-The last step runs in a process of its own: `python -m kvferry.cli.demo.steps`, which reads a `Question` as JSON from
+The last steps run in processes of their own: `python -m kvferry.cli.demo.steps`, which reads a `Question` as JSON from
 standard input and writes an `Answer`.
 """
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """What the demo runs with. The questions share `num_chunks` chunks; the pool is small: it holds one prompt."""
+    """What the demo runs with. The questions share `num_chunks` chunks; the pool is small: it holds one prompt.
+
+    server_url: of the cache server that engines use instead of a store of their own.
+    """
 
     model: str
     disk_path: str
@@ -30,10 +33,11 @@ class Setting(msgspec.Struct, frozen=True):
     num_generated_tokens: int = 24
     arena_gb: float = 0.6
     disk_gb: float = 2.0
+    server_url: str | None = None
 
 
 class Question(msgspec.Struct, frozen=True):
-    """What the last step's process is to do."""
+    """What such a process is to do."""
 
     setting: Setting
     token_ids: list[int]
@@ -56,7 +60,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 def open_engine(setting: Setting, *, with_kvferry: bool = True, enable_block_reuse: bool = True) -> LLM:
-    """An engine, with the connector `kvferry` in memory and on disk or without any connector.
+    """An engine, without any connector or with kvferry's: in memory and on disk, or over a cache server.
 
     Float32 and, by default, greedy: so the same KV gives the same tokens.
     """
@@ -65,12 +69,18 @@ def open_engine(setting: Setting, *, with_kvferry: bool = True, enable_block_reu
     from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig
 
     disable_progress_bar()
-    options = {
-        "chunk_tokens": setting.chunk_tokens,
-        "l1_size_gb": setting.arena_gb,
-        "disk_path": setting.disk_path,
-        "disk_size_gb": setting.disk_gb,
-    }
+    options: dict[str, Any] = {"chunk_tokens": setting.chunk_tokens}
+    if setting.server_url is None:
+        options |= {
+            "l1_size_gb": setting.arena_gb,
+            "disk_path": setting.disk_path,
+            "disk_size_gb": setting.disk_gb,
+        }
+    connector = KvCacheConnectorConfig(
+        connector="kvferry-server" if setting.server_url else "kvferry",
+        server_url=setting.server_url,
+        options=options,
+    )
     return LLM(
         setting.model,
         kv_cache_config=KvCacheConfig(
@@ -78,7 +88,7 @@ def open_engine(setting: Setting, *, with_kvferry: bool = True, enable_block_reu
             max_tokens=setting.pool_tokens,
             enable_block_reuse=enable_block_reuse,
         ),
-        kv_connector_config=KvCacheConnectorConfig(connector="kvferry", options=options) if with_kvferry else None,
+        kv_connector_config=connector if with_kvferry else None,
         max_batch_size=1,
         dtype="float32",
     )
@@ -114,7 +124,7 @@ def ask_in_new_process(question: Question) -> Answer:
     command = [sys.executable, "-m", "kvferry.cli.demo.steps"]
     process = subprocess.run(command, input=msgspec.json.encode(question), stdout=subprocess.PIPE, check=False)
     if process.returncode:
-        raise EngineDeadError(f"the process of the disk step ended with exit code {process.returncode}")
+        raise EngineDeadError(f"the process of another engine ended with exit code {process.returncode}")
     return msgspec.json.decode(process.stdout, type=Answer)
 
 
@@ -132,7 +142,7 @@ def _main() -> None:
         with open_engine(question.setting) as llm:
             answer = ask(llm, question.token_ids, question.setting.num_generated_tokens)
     except KVFerryError as error:
-        sys.exit(f"kvferry demo, disk step: {error}")
+        sys.exit(f"kvferry demo, in another process: {error}")
     sys.stdout.buffer.write(msgspec.json.encode(answer))
 
 

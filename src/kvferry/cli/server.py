@@ -1,0 +1,120 @@
+"""Run a cache server, which keeps KV for any number of engines and outlives them.
+
+Engines use it with the preset kvferry-server, by the same URL. What is not given here comes from KVFERRY_<NAME>, the
+YAML file and the defaults, as `kvferry config` shows. SIGTERM or Ctrl-C stops it: what waits for the disk is written
+first, and no shared memory is left. A second one stops it at once. After a crash the next server with the same arena
+folder goes on with what was in memory.
+
+examples:
+  kvferry server --l1-size-gb 10
+  kvferry server --socket ipc:///run/kvferry/server.sock --disk-path /data/kv --disk-size-gb 200
+  kvferry server --host 127.0.0.1 --port 7440 --eviction-policy s3fifo
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from kvferry.config import StoreOptions, default_server_url, load_options
+from kvferry.errors import ConfigError, StoreError
+
+_Made = TypeVar("_Made")
+
+_HANDOVER_SECONDS: Final = 0.8
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_OPTIONS: Final = {
+    "l1_size_gb": "l1_size_gb",
+    "eviction_policy": "eviction_policy",
+    "chunk_size": "chunk_tokens",
+    "max_workers": "disk_threads",
+    "disk_path": "disk_path",
+    "disk_size_gb": "disk_size_gb",
+    "arena_dir": "arena_dir",
+    "log_level": "log_level",
+}
+"""Arguments, and the options of the store that they set."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where it listens, and what it keeps KV in."""
+    parser.add_argument("--socket", metavar="URL", help="ipc:///PATH or tcp://HOST:PORT; default the user's own")
+    parser.add_argument("--host", help="with --port: listen on TCP; without keys on this machine's loopback alone")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--curve-secret", metavar="FILE", help="the server's secret key, as kvferry keygen writes it")
+    parser.add_argument("--curve-clients", metavar="FILE", help="public keys of the only clients that may connect")
+    parser.add_argument("--l1-size-gb", type=float, metavar="GB", help="size of the shared memory")
+    parser.add_argument("--eviction-policy", choices=("lru", "s3fifo"), help="which chunks leave full memory first")
+    parser.add_argument("--chunk-size", type=int, metavar="TOKENS", help="tokens per chunk; engines must have the same")
+    parser.add_argument("--max-workers", type=int, metavar="N", help="threads that read and write the disk tier")
+    parser.add_argument("--disk-path", metavar="DIR", help="folder of the disk tier; default none")
+    parser.add_argument("--disk-size-gb", type=float, metavar="GB", help="most that the disk tier may occupy")
+    parser.add_argument("--arena-dir", metavar="DIR", help="folder of the shared memory; one server each")
+    parser.add_argument(
+        "--keep-arena", action="store_true", help="leave what is in memory to the next server, on a stop"
+    )
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    import logging
+
+    from kvferry.observability.log import set_level
+    from kvferry.server.answers import Answerer
+    from kvferry.server.curve import ServerKeys
+    from kvferry.server.endpoint import Endpoint
+    from kvferry.server.server import StoreServer
+    from kvferry.store.assembly import open_store
+
+    given: dict[str, Any] = {option: getattr(arguments, name) for name, option in _OPTIONS.items()}
+    options = load_options({option: value for option, value in given.items() if value is not None})
+    endpoint = Endpoint.parse(_url(arguments, options))
+    has_keys = arguments.curve_secret is not None
+    keys = ServerKeys.read(arguments.curve_secret, arguments.curve_clients) if has_keys else None
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_level(options.log_level)
+    os.umask(0o077)
+    stop = threading.Event()
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: stop.set())
+    store = _patiently(lambda: open_store(options, for_server=True))
+    try:
+        server = _patiently(lambda: StoreServer(Answerer(store, options), endpoint, keys))
+        try:
+            print(f"kvferry server: {options.l1_size_gb:g} GB at {endpoint.url}", flush=True)
+            while not stop.wait(1.0) and server.is_alive:
+                pass
+        finally:
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            server.close()
+    finally:
+        store.close(keep_arena=arguments.keep_arena)
+    return 0 if stop.is_set() else 1
+
+
+def _patiently(make: Callable[[], _Made]) -> _Made:
+    """A server that was killed a moment ago may not have let go of everything yet."""
+    until = time.monotonic() + _HANDOVER_SECONDS
+    while True:
+        try:
+            return make()
+        except StoreError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(_HANDOVER_SECONDS / 20)
+
+
+def _url(arguments: argparse.Namespace, options: StoreOptions) -> str:
+    has_tcp = arguments.host is not None or arguments.port is not None
+    if has_tcp and (arguments.socket or arguments.host is None or arguments.port is None):
+        raise ConfigError("give --socket, or --host and --port together")
+    if has_tcp:
+        return f"tcp://{arguments.host}:{arguments.port}"
+    return arguments.socket or options.server_url or default_server_url()

@@ -1,0 +1,37 @@
+"""Puts a store and its tiers together, as options say. Knows every kind of tier, and nothing of what is stored."""
+
+from __future__ import annotations
+
+import logging
+
+from kvferry.blocks import Tier
+from kvferry.config import StoreOptions
+from kvferry.errors import StoreError
+from kvferry.store.disk import DiskStore
+from kvferry.store.store import Store
+from kvferry.store.tier import ByteTier
+
+logger = logging.getLogger(__name__)
+
+
+def open_store(options: StoreOptions, *, for_server: bool = False) -> Store:
+    """A store of an engine's, or of a server's, which adopts the arena that a killed one left.
+
+    StoreError: shared memory cannot be made; or the disk's folder cannot be used by a server. An engine still serves
+    from memory then, after a warning.
+    """
+    tiers: list[ByteTier] = []
+    if options.disk_path is not None:
+        try:
+            disk = DiskStore(options.disk_path, int(options.disk_size_gb * 1e9))
+            tiers.append(ByteTier(disk, Tier.DISK, num_threads=options.disk_threads))
+        except OSError as error:
+            if for_server:
+                raise StoreError(f"the disk tier's folder {options.disk_path} cannot be used: {error}") from error
+            logger.warning("no disk tier, KV is kept in memory alone: %s cannot be used: %s", options.disk_path, error)
+    try:
+        return Store(options, tiers=tiers, adopt=for_server)
+    except StoreError:
+        for tier in tiers:
+            tier.close(options.close_deadline_seconds)
+        raise

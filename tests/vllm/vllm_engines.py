@@ -45,6 +45,12 @@ class Engine:
     def half(self) -> Any:
         return self.scheduler.connector._scheduler
 
+    @property
+    def worker(self) -> Any:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker
+
     def generate(self, prompts: Sequence[Any], num_tokens: int = 8) -> list[list[int]]:
         """Prompts are token ids, or dicts of vLLM's."""
         from vllm import SamplingParams

@@ -10,10 +10,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from kvferry.config import StoreOptions
 from kvferry.offload.stores import RankStore, open_rank_store, open_store
 from kvferry.store.base import BlockStore
+
+_SCHEDULER_SECONDS: Final = 600.0
+"""When a worker complains that the scheduler's process serves no store: compiling comes first, and takes minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,9 @@ def open_for_scheduler(engine: Engine, options: StoreOptions) -> tuple[BlockStor
 
 
 def open_for_worker(engine: Engine, options: StoreOptions) -> tuple[RankStore | None, Callable[[], None]]:
-    """The same for a worker, which starts before the scheduler: it must not wait for it."""
-    url = options.server_url or engine.ranks_url
-    options = replace(options, connect_deadline_seconds=0.0)
+    """The same for a worker. It starts before the scheduler, so only what may wait may call `register`."""
+    url = options.server_url
+    if url is None and engine.ranks_url is not None:
+        url = engine.ranks_url
+        options = replace(options, connect_deadline_seconds=_SCHEDULER_SECONDS)
     return open_rank_store(engine.engine_id, options, url, f"rank {engine.rank}")

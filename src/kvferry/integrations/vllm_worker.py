@@ -24,6 +24,9 @@ from kvferry.transfer.layout import Layout
 
 logger = logging.getLogger(__name__)
 
+_REGISTERING_SECONDS = 1.0
+"""How long the end waits for who registers, perhaps with a store that will never come."""
+
 
 class WorkerHalf:
     """One rank's jobs. Until there is a store, and the model has a name, loads fail and saves are not begun."""
@@ -36,6 +39,7 @@ class WorkerHalf:
         self._layouts: Sequence[Layout] = ()
         self._mover: Mover | None = None
         self._registering: threading.Thread | None = None
+        self._is_closing = False
         self._metadata = FerryMetadata()
         self._names: dict[int, str] = {}
         self._loads: dict[int, int] = {}
@@ -66,7 +70,7 @@ class WorkerHalf:
             identity = name_weights()
             if identity is None:
                 logger.warning("KV is not kept beyond vLLM's pool: the model's weights cannot be named")
-            elif self._store is not None:
+            elif self._store is not None and not self._is_closing:
                 geometry = make_geometry(
                     identity, self._engine, self._options.chunk_tokens, self._groups, self._layouts
                 )
@@ -159,12 +163,13 @@ class WorkerHalf:
         return self._mover.meter.snapshot() if self._mover is not None else {}
 
     def shutdown(self) -> None:
-        if self._registering is not None:
-            self._registering.join()
-            self._registering = None
+        self._is_closing = True
         if self._mover is not None:
             self._mover.close()
             self._mover = None
+        if self._registering is not None:
+            self._registering.join(_REGISTERING_SECONDS)
+            self._registering = None
         self._store = None
         self._close_store()
 

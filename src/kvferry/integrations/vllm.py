@@ -8,7 +8,7 @@ on as if kvferry were not there, as it does where the model's cache is of a kind
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -19,13 +19,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvferry.config import StoreOptions, load_options
 from kvferry.integrations.vllm_identity import engine_identity
-from kvferry.integrations.vllm_layout import CacheGroup, read_groups, read_layouts
+from kvferry.integrations.vllm_layout import CacheGroup, read_groups, read_layouts, read_shared_layout
 from kvferry.integrations.vllm_messages import FerryMetadata, FerryWorkerMetadata
 from kvferry.integrations.vllm_scheduler import SchedulerHalf
 from kvferry.integrations.vllm_stores import Engine
 from kvferry.integrations.vllm_worker import WorkerHalf
 from kvferry.observability.log import OnceLog, set_level
-from kvferry.transfer.layout import UnknownLayout
+from kvferry.transfer.layout import Layout, UnknownLayout
 
 logger = logging.getLogger(__name__)
 
@@ -127,15 +127,19 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
     # -- worker --------------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._register(kv_caches, self._block_dim)
+        num_blocks = self._kv_cache_config.num_blocks
+        self._register(lambda: read_layouts(self._groups, kv_caches, num_blocks, self._block_dim))
 
     def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: type[Any]) -> None:
-        (group,) = self._groups
-        dim = 1 + attn_backend.get_kv_cache_block_dim(
-            group.tokens_per_block, group.specs[0].num_kv_heads, group.specs[0].head_size
-        )
-        by_layer = kv_cache.unbind(0)
-        self._register(dict(zip(group.names, by_layer, strict=True)), lambda *_: dim - 1)
+        """One tensor for all layers, in the order in which its dimensions lie."""
+
+        def read() -> list[Layout] | UnknownLayout:
+            (group,) = self._groups
+            order = attn_backend.get_kv_cache_stride_order(include_num_layers_dimension=True)
+            block_dim = order.index(1 + self._block_dim(group.names[0], group.specs[0]))
+            return read_shared_layout(group, kv_cache, self._kv_cache_config.num_blocks, block_dim)
+
+        self._register(read)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         if self._worker is not None:
@@ -184,12 +188,11 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
                 half.shutdown()
         self._worker = self._scheduler = None
 
-    def _register(self, caches: Mapping[str, Any], block_dim: Callable[[str, Any], int]) -> None:
+    def _register(self, read: Callable[[], list[Layout] | UnknownLayout]) -> None:
         if self._worker is None:
             return
-        num_blocks = self._kv_cache_config.num_blocks
-        unknown: Callable[[], Any] = partial(UnknownLayout, "reading it broke off")
-        layouts = self._answer(partial(read_layouts, self._groups, caches, num_blocks, block_dim), unknown())
+        broken: list[Layout] | UnknownLayout = UnknownLayout("reading it broke off")
+        layouts = self._answer(read, broken)
         if isinstance(layouts, UnknownLayout):
             self._warn(layouts.reason)
             return

@@ -81,17 +81,38 @@ def read_layouts(
         views: list[tuple[torch.Tensor, tuple[int, ...]]] = []
         for layer, (name, spec) in enumerate(zip(group.names, group.specs, strict=True)):
             pages = _pages(caches[name], num_blocks, block_dim(name, spec))
-            page_bytes = sum(view[0].numel() * view.element_size() for view in pages)
+            page_bytes = sum(map(_page_bytes, pages))
             if page_bytes != _content_bytes(spec):
                 return UnknownLayout(f"{name} has {page_bytes} bytes a block and {_content_bytes(spec)} by its spec")
             views += [(view, (layer,)) for view in pages]
-        layout = read_regions(_joined(views), group.tokens_per_block, _content(group, [view for view, _ in views]))
+        layout = _proved(group, _joined(views), [view for view, _ in views])
         if isinstance(layout, UnknownLayout):
             return layout
-        if not self_test(layout):
-            return UnknownLayout(f"bytes written to the blocks of {group.names[0]} were not found where they should be")
         layouts.append(layout)
     return layouts
+
+
+def read_shared_layout(
+    group: CacheGroup, cache: torch.Tensor, num_blocks: int, block_dim: int
+) -> list[Layout] | UnknownLayout:
+    """The same for an only group all of whose layers share one tensor, in whatever order of its dimensions."""
+    pages = _pages(cache, num_blocks, block_dim)
+    page_bytes = sum(map(_page_bytes, pages))
+    expected = sum(map(_content_bytes, group.specs))
+    if page_bytes != expected:
+        return UnknownLayout(f"the tensor of all layers has {page_bytes} bytes a block and {expected} by its specs")
+    layers = tuple(range(len(group.names)))
+    layout = _proved(group, [(view, layers) for view in pages], pages)
+    return layout if isinstance(layout, UnknownLayout) else [layout]
+
+
+def _proved(
+    group: CacheGroup, views: Sequence[tuple[torch.Tensor, tuple[int, ...]]], as_registered: Sequence[torch.Tensor]
+) -> Layout | UnknownLayout:
+    layout = read_regions(views, group.tokens_per_block, _content(group, as_registered))
+    if isinstance(layout, Layout) and not self_test(layout):
+        return UnknownLayout(f"bytes written to the blocks of {group.names[0]} were not found where they should be")
+    return layout
 
 
 def _read_spec(spec: Any) -> tuple[GroupKind, int | None, Callable[[int], int]] | UnknownLayout:

@@ -60,6 +60,7 @@ OPTIONS = {
         "tokens_per_block",
         "max_tokens",
         "enable_block_reuse",
+        "state_interval_tokens",
         "max_loading_share",
         "transfer_deadline_seconds",
     ],

@@ -25,7 +25,7 @@ def test_tokens_equal_transformers(family: str, chunked: bool, models: dict[str,
     expected = [reference(model, prompt, 12) for prompt in prompts]
     with LLM(
         model,
-        kv_cache_config=KvCacheConfig(tokens_per_block=BLOCK, max_tokens=1024),
+        kv_cache_config=KvCacheConfig(tokens_per_block=BLOCK, max_tokens=1024, state_interval_tokens=BLOCK),
         max_batch_size=4,
         max_num_tokens=20 if chunked else 128,
         enable_chunked_prefill=chunked,

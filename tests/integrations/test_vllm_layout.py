@@ -104,7 +104,7 @@ def test_a_layer_s_tensor(name: str) -> None:
     shape, order, block_dim = ORDERS[name]
     layers = [laid_out(shape, order) for _ in range(2)]
     caches = dict(zip(("0.0", "0.1"), layers, strict=True))
-    layouts = read_layouts(groups_of(FullAttentionSpec()), caches, BLOCKS, lambda *_: block_dim)
+    layouts = read_layouts(groups_of(FullAttentionSpec()), caches, BLOCKS, lambda *_: block_dim, TOKENS)
     assert not isinstance(layouts, UnknownLayout), layouts
     (layout,) = layouts
     assert layout.block_bytes == 2 * PAGE * 4
@@ -115,7 +115,7 @@ def test_orders_have_fingerprints_of_their_own() -> None:
     found = set()
     for shape, order, block_dim in ORDERS.values():
         caches = {f"0.{layer}": laid_out(shape, order) for layer in range(2)}
-        layouts = read_layouts(groups_of(FullAttentionSpec()), caches, BLOCKS, lambda *_, dim=block_dim: dim)
+        layouts = read_layouts(groups_of(FullAttentionSpec()), caches, BLOCKS, lambda *_, dim=block_dim: dim, TOKENS)
         assert not isinstance(layouts, UnknownLayout)
         found.add(layouts[0].fingerprint())
     assert len(found) == len(ORDERS)
@@ -124,7 +124,7 @@ def test_orders_have_fingerprints_of_their_own() -> None:
 def test_a_kernel_s_smaller_blocks_come_together() -> None:
     layers = [torch.zeros(2 * BLOCKS, HEADS, TOKENS // 2, 2 * DIM) for _ in range(2)]
     caches = dict(zip(("0.0", "0.1"), layers, strict=True))
-    layouts = read_layouts(groups_of(FullAttentionSpec()), caches, BLOCKS, lambda *_: 0)
+    layouts = read_layouts(groups_of(FullAttentionSpec()), caches, BLOCKS, lambda *_: 0, TOKENS)
     assert not isinstance(layouts, UnknownLayout)
     moves_blocks(layouts[0], layers, 0, per_block=2)
 
@@ -133,7 +133,7 @@ def test_layers_side_by_side_in_a_block_are_one_region() -> None:
     physical = torch.zeros(BLOCKS, 2, HEADS, TOKENS, 2 * DIM)
     layers = list(physical.unbind(1))
     caches = dict(zip(("0.0", "0.1"), layers, strict=True))
-    layouts = read_layouts(groups_of(FullAttentionSpec()), caches, BLOCKS, lambda *_: 0)
+    layouts = read_layouts(groups_of(FullAttentionSpec()), caches, BLOCKS, lambda *_: 0, TOKENS)
     assert not isinstance(layouts, UnknownLayout)
     assert [region.page_bytes for region in layouts[0].regions] == [2 * PAGE * 4]
     moves_blocks(layouts[0], layers, 0)
@@ -160,7 +160,7 @@ def test_padded_blocks_and_states() -> None:
     groups = read_groups(config(FullAttentionSpec(), MambaSpec(), num_layers=1))
     assert not isinstance(groups, UnknownLayout)
     assert [group.kind for group in groups] == [GroupKind.FULL, GroupKind.STATE]
-    layouts = read_layouts(groups, caches, BLOCKS, lambda *_: 0)
+    layouts = read_layouts(groups, caches, BLOCKS, lambda *_: 0, TOKENS)
     assert not isinstance(layouts, UnknownLayout)
     assert [layout.block_bytes for layout in layouts] == [PAGE * 4, 29 * 4]
     moves_blocks(layouts[0], [attention], 0)
@@ -193,6 +193,6 @@ def test_bytes_that_the_tensor_does_not_show() -> None:
     """Such as scales that a backend keeps behind the data: copying what is seen would lose them."""
     caches = {f"0.{layer}": torch.zeros(BLOCKS, HEADS, TOKENS, 2 * DIM) for layer in range(2)}
     spec = FullAttentionSpec(unpadded_page_size_bytes=PAGE * 4 + 64)
-    unknown = read_layouts(groups_of(spec), caches, BLOCKS, lambda *_: 0)
+    unknown = read_layouts(groups_of(spec), caches, BLOCKS, lambda *_: 0, TOKENS)
     assert isinstance(unknown, UnknownLayout)
     assert f"{PAGE * 4} bytes a block and {PAGE * 4 + 64}" in unknown.reason

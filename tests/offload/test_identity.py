@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from kvferry.blocks import GroupKind
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
 from kvferry.connector.config import LlmArgs
 from kvferry.errors import ConfigError
@@ -36,7 +37,7 @@ def root(
 ) -> bytes:
     name = identity(args)
     assert name is not None
-    group = PoolGroup((0, 1, 2, 3), window_tokens, part_bytes, fingerprint)
+    group = PoolGroup(GroupKind.FULL, (0, 1, 2, 3), window_tokens, part_bytes, fingerprint)
     return root_key(make_geometry(args, name, chunk_tokens, [group]))
 
 

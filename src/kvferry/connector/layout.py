@@ -9,13 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvferry.blocks import GroupKind
+
 if TYPE_CHECKING:
     import torch
+
+STATE_ROLES = ("conv_state", "ssm_state")
+"""Roles of a recurrent layer's buffers: what its convolution remembers, and the recurrence proper."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvCacheBufferRef:
-    """One layer's keys or values in a region. `role` is "key" or "value"; `layer_id` counts over the whole model."""
+    """One layer's keys, values or state in a region. `role` is "key", "value" or one of STATE_ROLES; `layer_id` counts
+    over the whole model."""
 
     layer_id: int
     role: str
@@ -59,7 +65,7 @@ class KvCacheRegion:
 
 @dataclass(frozen=True, slots=True)
 class KvCacheLayerGroupLayout:
-    """Layers that share page ids. `window_size` in tokens, None for full attention.
+    """Layers that share page ids. `window_size` in tokens, None for full attention and for recurrent layers.
 
     replicated_regions: bytes that are equal on every rank; the embedded engine has none.
     """
@@ -69,6 +75,15 @@ class KvCacheLayerGroupLayout:
     window_size: int | None
     regions: tuple[KvCacheRegion, ...]
     replicated_regions: tuple[KvCacheRegion, ...] = ()
+
+    @property
+    def kind(self) -> GroupKind:
+        """STATE, as the roles say: a page holds one state, that of all tokens up to the end of its place in the list of
+        page ids, and most places have none. Else pages hold the KV of `tokens_per_block` tokens."""
+        buffers = [buffer for region in self.regions for buffer in region.buffers]
+        if buffers and all(buffer.role in STATE_ROLES for buffer in buffers):
+            return GroupKind.STATE
+        return GroupKind.FULL if self.window_size is None else GroupKind.WINDOW
 
     @property
     def bytes_per_page(self) -> int:
@@ -102,21 +117,13 @@ class KvCacheLayout:
 
     def as_single_pool_tensor(self) -> torch.Tensor | None:
         """The pool tensor that `register_kv_caches` takes, or None where one tensor cannot describe the pools."""
-        if len(self.groups) != 1 or len(self.groups[0].regions) != 1:
+        if len(self.groups) != 1 or len(self.groups[0].regions) != 1 or self.groups[0].kind is GroupKind.STATE:
             return None
         pool: torch.Tensor = self.groups[0].regions[0].memory
         return pool
 
 
-def describe_pools(
-    tokens_per_block: int, pools: list[tuple[tuple[int, ...], int | None, torch.Tensor]]
-) -> KvCacheLayout:
-    """The layout of pools given as (layers, window, tensor), each tensor contiguous, of shape
-    `[num_blocks, num_layers, kv_factor, elements]`."""
-    groups = []
-    for group_id, (layers, window, tensor) in enumerate(pools):
-        page_bytes = tensor.stride(0) * tensor.element_size()
-        buffers = tuple(KvCacheBufferRef(layer, role) for layer in layers for role in ("key", "value"))
-        region = KvCacheRegion(tensor.data_ptr(), page_bytes, page_bytes, tensor.shape[0], buffers, tensor)
-        groups.append(KvCacheLayerGroupLayout(group_id, layers, window, (region,)))
-    return KvCacheLayout(tokens_per_block, tuple(groups))
+def describe_pages(pages: torch.Tensor, buffers: tuple[KvCacheBufferRef, ...]) -> KvCacheRegion:
+    """The region of a tensor `[num_pages, ...]` of which each page is contiguous."""
+    stride = pages.stride(0) * pages.element_size()
+    return KvCacheRegion(pages.data_ptr(), pages[0].nbytes, stride, pages.shape[0], buffers, pages)

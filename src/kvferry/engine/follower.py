@@ -85,7 +85,7 @@ class Follower:
         try:
             loaded = load_model(self._plan.model, self._plan.dtype, self._device, self._group)
             shape = part_of_kv(loaded, self._plan.num_ranks)
-            max_tokens = default_max_tokens(shape, 1 << 62, self._device)
+            max_tokens = default_max_tokens(shape.block_bytes(1), 1 << 62, self._device)
             self._answer(Started(identity=loaded.identity, max_tokens=max_tokens))
             plan: PoolPlan = wire.decode(self._channel.recv_bytes())
             pool = KvPool(shape, group_layers(loaded.windows), plan.num_blocks, plan.tokens_per_block, self._device)

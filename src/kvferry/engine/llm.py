@@ -17,7 +17,7 @@ from kvferry.connector.presets import resolve
 from kvferry.engine.core import EngineCore
 from kvferry.engine.executor import Executor
 from kvferry.engine.follower import PoolPlan
-from kvferry.engine.groups import GroupedBlocks, group_layers
+from kvferry.engine.groups import GroupedBlocks, Snapshots, group_layers
 from kvferry.engine.handle import GenerationHandle
 from kvferry.engine.kv_pool import KvPool, KvShape, default_max_tokens
 from kvferry.engine.lora import adapter_digest
@@ -102,7 +102,10 @@ class LLM:
         args = self._llm_args(connector_config) if connector_config is not None else None
         if ranks is not None:
             ranks.make_pools(PoolPlan(num_blocks, self._kv_cache_config.tokens_per_block, args))
-        groups = group_layers(self._loaded.windows)
+        interval = self._kv_cache_config.state_interval_tokens
+        num_states = num_blocks * self._kv_cache_config.tokens_per_block // interval + self._num_moving_states
+        snapshots = Snapshots(interval, num_states)
+        groups = group_layers(self._loaded.windows, self._loaded.state_layers, snapshots)
         self._pool = KvPool(shape, groups, num_blocks, self._kv_cache_config.tokens_per_block, device)
         self._executor = Executor(self._loaded.model, self._pool)
         with ranks.explained() if ranks is not None else contextlib.nullcontext():
@@ -123,6 +126,11 @@ class LLM:
     def _find_num_blocks(self, shape: KvShape, device: torch.device) -> int:
         """As configured, or what the rank with the least memory can hold. EngineDeadError: a rank did not load."""
         config = self._kv_cache_config
+        if shape.states and config.state_interval_tokens % config.tokens_per_block:
+            raise RequestError(
+                f"state_interval_tokens={config.state_interval_tokens} is not a multiple of "
+                f"tokens_per_block={config.tokens_per_block}"
+            )
         max_tokens = config.max_tokens
         started = self._ranks.await_started() if self._ranks is not None else []
         if any(other.identity != self._loaded.identity for other in started):
@@ -130,11 +138,19 @@ class LLM:
         if max_tokens is None:
             wanted = self._limits.max_batch_size * self._loaded.max_positions
             held = [other.max_tokens for other in started]
-            max_tokens = min([default_max_tokens(shape, wanted, device), *held])
+            token_bytes = shape.block_bytes(1) + -(-shape.state_bytes // config.state_interval_tokens)
+            beside = shape.state_bytes * self._num_moving_states
+            max_tokens = min([default_max_tokens(token_bytes, wanted, device, beside), *held])
         num_blocks = max_tokens // config.tokens_per_block
         if num_blocks < 1:
             raise RequestError(f"a pool of {max_tokens} tokens holds no block of {config.tokens_per_block} tokens")
         return num_blocks
+
+    @property
+    def _num_moving_states(self) -> int:
+        """States that requests hold beside those kept at each interval: where each began, where its load ends, and the
+        one that it computes."""
+        return 3 * self._limits.max_batch_size
 
     def _llm_args(self, connector_config: KvCacheConnectorConfig) -> LlmArgs:
         return LlmArgs(

@@ -18,10 +18,11 @@ import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
 from kvferry.config import StoreOptions, load_options
+from kvferry.errors import ConfigError
 from kvferry.integrations.vllm_identity import engine_identity
 from kvferry.integrations.vllm_layout import CacheGroup, read_groups, read_layouts, read_shared_layout
 from kvferry.integrations.vllm_messages import FerryMetadata, FerryWorkerMetadata
-from kvferry.integrations.vllm_scheduler import SchedulerHalf
+from kvferry.integrations.vllm_scheduler import Roles, SchedulerHalf
 from kvferry.integrations.vllm_stores import Engine
 from kvferry.integrations.vllm_worker import WorkerHalf
 from kvferry.observability.log import OnceLog, set_level
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 _REGISTRATION_SECONDS: Final = 15.0
 """Longest that the start waits for the workers. Afterwards kvferry joins in when they are there."""
+
+_TAKES_FAILED_REQUESTS: Final = hasattr(KVConnectorBase_V1, "get_transfer_results")
+"""Whether vLLM takes word of failed loads by request. Older versions take it by block, and of models of one group."""
 
 T = TypeVar("T")
 
@@ -43,35 +47,31 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
         self._log = OnceLog(logger)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
-        extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
-        groups = read_groups(kv_cache_config)
-        why_not = groups.reason if isinstance(groups, UnknownLayout) else _unsupported(vllm_config)
-        options = load_options(extra)
+        self._groups: list[CacheGroup] = []
+        options = load_options(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
         set_level(options.log_level)
+        _check_version(vllm_config, kv_cache_config)
+        groups = read_groups(kv_cache_config)
+        why_not = _unsupported(vllm_config, options, groups)
         if why_not is not None:
             self._warn(why_not)
             return
         assert not isinstance(groups, UnknownLayout)
-        self._groups: list[CacheGroup] = groups
-        options = _fit(options, groups)
-        transfer = vllm_config.kv_transfer_config
-        parallel = vllm_config.parallel_config
-        backend = parallel.distributed_executor_backend
-        engine = Engine(
-            engine_id=transfer.engine_id,
-            rank=parallel.rank,
-            num_ranks=parallel.world_size,
-            is_one_process=parallel.world_size == 1 and backend in {"uni", None},
-        )
+        self._groups, options = groups, _fit(options, groups)
+        self._chunk_tokens = options.chunk_tokens
+        engine = _engine(vllm_config)
         if role is KVConnectorRole.WORKER:
             self._worker = WorkerHalf(engine, options)
             return
         # A load that fails is computed. vLLM's own default is to fail the request, and it asks after this constructor.
+        transfer = vllm_config.kv_transfer_config
         transfer.kv_load_failure_policy = "recompute"
-        block = groups[0].tokens_per_block
-        self._scheduler = SchedulerHalf(
-            engine, options, block, may_load=transfer.is_kv_consumer, may_store=transfer.is_kv_producer
+        roles = Roles(
+            may_load=transfer.is_kv_consumer,
+            may_store=transfer.is_kv_producer,
+            may_wait=len(groups) == 1 or _TAKES_FAILED_REQUESTS,
         )
+        self._scheduler = SchedulerHalf(engine, options, groups[0].tokens_per_block, roles)
         if not self._scheduler.wait_for_workers(_REGISTRATION_SECONDS):
             logger.warning("kvferry's workers have not registered yet: nothing is kept until they have")
 
@@ -128,7 +128,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         num_blocks = self._kv_cache_config.num_blocks
-        self._register(lambda: read_layouts(self._groups, kv_caches, num_blocks, self._block_dim))
+        self._register(lambda: read_layouts(self._groups, kv_caches, num_blocks, self._block_dim, self._chunk_tokens))
 
     def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: type[Any]) -> None:
         """One tensor for all layers, in the order in which its dimensions lie."""
@@ -175,8 +175,11 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
         return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """How older versions learn of them, by block."""
-        return self._worker.take_failed_blocks() if self._worker is not None else set()
+        """How older versions learn of them, by block. RuntimeError: they cannot learn of this one, and would go on."""
+        failed = self._worker.take_failed_blocks() if self._worker is not None else set()
+        if failed and len(self._groups) > 1:
+            raise RuntimeError("a load from memory failed, and this vLLM cannot be told of several groups' blocks")
+        return failed
 
     def build_connector_worker_meta(self) -> FerryWorkerMetadata | None:
         failed = self._worker.take_failed() if self._worker is not None else set()
@@ -233,10 +236,33 @@ def _fit(options: StoreOptions, groups: list[CacheGroup]) -> StoreOptions:
     return replace(options, chunk_tokens=-(-options.chunk_tokens // block) * block)
 
 
-def _unsupported(vllm_config: Any) -> str | None:
-    """Why nothing can be kept with this configuration, if so."""
+def _engine(vllm_config: Any) -> Engine:
     parallel = vllm_config.parallel_config
+    return Engine(
+        engine_id=vllm_config.kv_transfer_config.engine_id,
+        rank=parallel.rank,
+        num_ranks=parallel.world_size,
+        is_one_process=parallel.world_size == 1 and parallel.distributed_executor_backend in {"uni", None},
+    )
+
+
+def _check_version(vllm_config: Any, kv_cache_config: Any) -> None:
+    """ConfigError: with a connector, whatever it answers, this vLLM goes on from attention's hit and a wrong state."""
+    caches = vllm_config.cache_config.enable_prefix_caching and kv_cache_config.has_mamba_layers
+    if caches and not hasattr(KVConnectorBase_V1, "supports_divergent_local_hybrid_hits"):
+        raise ConfigError(
+            f"vLLM {vllm.__version__} computes wrong tokens for hybrid models when it has a connector and caches "
+            "prefixes: use a later one, or --no-enable-prefix-caching"
+        )
+
+
+def _unsupported(vllm_config: Any, options: StoreOptions, groups: list[CacheGroup] | UnknownLayout) -> str | None:
+    """Why nothing can be kept with this configuration, if so."""
+    if isinstance(groups, UnknownLayout):
+        return groups.reason
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, name, 1) > 1:
-            return f"{name} is {getattr(parallel, name)}"
+        if getattr(vllm_config.parallel_config, name, 1) > 1:
+            return f"{name} is more than 1"
+    if len(groups) > 1 and options.server_url is not None and not _TAKES_FAILED_REQUESTS:
+        return f"vLLM {vllm.__version__} does not survive a load that fails where layers form several groups"
     return None

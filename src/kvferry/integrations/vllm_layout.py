@@ -70,11 +70,12 @@ def read_layouts(
     caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]],
     num_blocks: int,
     block_dim: Callable[[str, Any], int],
+    chunk_tokens: int,
 ) -> list[Layout] | UnknownLayout:
     """Where each group's blocks lie, proved by a round trip through each group's tensors, which nobody uses yet.
 
     caches: by layer name, what vLLM registers. block_dim: from a layer's name and spec, the dimension of its tensor
-    that counts blocks.
+    that counts blocks. chunk_tokens: what a state stands for, as a chunk has one.
     """
     layouts = []
     for group in groups:
@@ -85,7 +86,8 @@ def read_layouts(
             if page_bytes != _content_bytes(spec):
                 return UnknownLayout(f"{name} has {page_bytes} bytes a block and {_content_bytes(spec)} by its spec")
             views += [(view, (layer,)) for view in pages]
-        layout = _proved(group, _joined(views), [view for view, _ in views])
+        tokens = chunk_tokens if group.kind is GroupKind.STATE else group.tokens_per_block
+        layout = _proved(read_regions(_joined(views), tokens, _content(group, [view for view, _ in views])))
         if isinstance(layout, UnknownLayout):
             return layout
         layouts.append(layout)
@@ -102,16 +104,14 @@ def read_shared_layout(
     if page_bytes != expected:
         return UnknownLayout(f"the tensor of all layers has {page_bytes} bytes a block and {expected} by its specs")
     layers = tuple(range(len(group.names)))
-    layout = _proved(group, [(view, layers) for view in pages], pages)
+    views = [(view, layers) for view in pages]
+    layout = _proved(read_regions(views, group.tokens_per_block, _content(group, pages)))
     return layout if isinstance(layout, UnknownLayout) else [layout]
 
 
-def _proved(
-    group: CacheGroup, views: Sequence[tuple[torch.Tensor, tuple[int, ...]]], as_registered: Sequence[torch.Tensor]
-) -> Layout | UnknownLayout:
-    layout = read_regions(views, group.tokens_per_block, _content(group, as_registered))
+def _proved(layout: Layout | UnknownLayout) -> Layout | UnknownLayout:
     if isinstance(layout, Layout) and not self_test(layout):
-        return UnknownLayout(f"bytes written to the blocks of {group.names[0]} were not found where they should be")
+        return UnknownLayout("bytes written to the blocks were not found where they should be")
     return layout
 
 

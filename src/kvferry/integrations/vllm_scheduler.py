@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kvferry.blocks import GroupKind
 from kvferry.config import StoreOptions
 from kvferry.connector.api import NO_BLOCK, Request, RequestData, SchedulerOutput
 from kvferry.integrations.vllm_identity import Adapters, request_extras
@@ -64,20 +65,24 @@ class _Followed:
         return tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """What vLLM permits. may_wait: a load may wait for lower tiers, which may fail it."""
+
+    may_load: bool
+    may_store: bool
+    may_wait: bool
+
+
 class SchedulerHalf:
-    """One engine's planner, once all its workers have registered with the store.
+    """One engine's planner, once all its workers have registered with the store."""
 
-    may_load, may_store: what vLLM's `kv_role` permits.
-    """
-
-    def __init__(
-        self, engine: Engine, options: StoreOptions, tokens_per_block: int, *, may_load: bool, may_store: bool
-    ) -> None:
+    def __init__(self, engine: Engine, options: StoreOptions, tokens_per_block: int, roles: Roles) -> None:
         self._engine = engine
         # A load within a pass that fails is known too late where steps overlap.
         self._options = replace(options, async_load="always")
         self._tokens_per_block = tokens_per_block
-        self._may_load, self._may_store = may_load, may_store
+        self._roles = roles
         self._store, self._close_store = open_for_scheduler(engine, options)
         self._planner: Planner | None = None
         self._adapters = Adapters()
@@ -110,9 +115,10 @@ class SchedulerHalf:
             return 0, False
         followed.num_connector_matched_tokens, followed.num_local_tokens = 0, num_computed_tokens
         self._loading.pop(request.request_id, None)
-        may_load = self._may_load and followed.may_load and not request.skip_reading_prefix_cache
+        may_load = self._roles.may_load and followed.may_load and not request.skip_reading_prefix_cache
         offer = self._planner.match(followed, num_computed_tokens, may_load=may_load)
-        return offer.num_tokens, offer.is_async
+        is_taken = offer.is_ready or self._roles.may_wait
+        return (offer.num_tokens, offer.is_async) if is_taken else (0, False)
 
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_external_tokens: int) -> None:
         """vLLM's `update_state_after_alloc`. It is called again when a load has ended, which says nothing new."""
@@ -136,7 +142,7 @@ class SchedulerHalf:
                 told.preempted.append(followed.request_id)
         if self._planner is not None:
             translated = SchedulerOutput()
-            if self._may_store:
+            if self._roles.may_store:
                 self._translate(output, translated)
             told.jobs = self._planner.plan(translated)
             lost = {number: told.names[number] for number in told.jobs.lost_loads if number in told.names}
@@ -191,6 +197,7 @@ class SchedulerHalf:
             geometry = self._store.geometry(self._engine.engine_id)
             if geometry is not None:
                 self._chunk_tokens = geometry.chunk_tokens
+                self._has_states = any(group.kind is GroupKind.STATE for group in geometry.groups)
                 self._planner = Planner(
                     self._store, geometry, self._tokens_per_block, self._options, extras_of=_extras_of
                 )
@@ -247,6 +254,8 @@ class SchedulerHalf:
     def _later_pass(self, followed: _Followed, computed: int, num_scheduled: int) -> RequestData:
         """All that the planner has not heard yet, as far as tokens are known."""
         end = min(computed + num_scheduled, followed.request.num_tokens)
+        if self._has_states and end < computed + num_scheduled and end % self._chunk_tokens == 0:
+            end -= 1  # A state is where its pass ends, and this pass ends beyond.
         data = RequestData(
             request_id=followed.request_id,
             new_tokens=followed.request.all_token_ids[followed.num_told :],

@@ -45,10 +45,12 @@ BlockIds = Sequence[Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What can be loaded after the tokens that the pool has. is_async: the request is to wait outside the batch."""
+    """What can be loaded after the tokens that the pool has. is_async: the request is to wait outside the batch.
+    is_ready: it is all in memory."""
 
     num_tokens: int = 0
     is_async: bool = False
+    is_ready: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,10 @@ class _Load:
     @property
     def num_tokens(self) -> int:
         return self.end - self.start
+
+    @property
+    def offer(self) -> Offer:
+        return Offer(self.num_tokens, self.is_async, self.job.ready)
 
 
 @dataclass(slots=True)
@@ -111,7 +117,9 @@ class Planner:
         self._tokens_per_block = tokens_per_block
         self._blocks_per_chunk = geometry.chunk_tokens // tokens_per_block
         self._chunk_bytes = sum(group.part_bytes for group in geometry.groups)
-        self._has_windows = any(group.kind is not GroupKind.FULL for group in geometry.groups)
+        kinds = [group.kind for group in geometry.groups]
+        self._has_windows = GroupKind.WINDOW in kinds
+        self._state_groups = [index for index, kind in enumerate(kinds) if kind is GroupKind.STATE]
         self._options = options
         self._extras_of = extras_of
         self._clock = clock
@@ -127,7 +135,7 @@ class Planner:
         known = self._matched.get(request.request_id) or self._running.get(request.request_id)
         if known is not None and may_load and self._still_leases(known, request, num_computed_tokens):
             assert known.load is not None
-            return Offer(known.load.num_tokens, known.load.is_async)
+            return known.load.offer
         self._forget(request.request_id)
         while len(self._matched) >= _MOST_UNALLOCATED:
             self._forget(next(iter(self._matched)))
@@ -140,7 +148,7 @@ class Planner:
         tracked = self._matched[request.request_id] = _Tracked(request, chain)
         if may_load and num_computed_tokens % self._tokens_per_block == 0:  # the API has no name for part of a block
             tracked.load = self._lease(chain, num_computed_tokens)
-        return Offer(tracked.load.num_tokens, tracked.load.is_async) if tracked.load else Offer()
+        return tracked.load.offer if tracked.load else Offer()
 
     def allocated(self, request: Request, block_ids: BlockIds) -> None:
         """The engine took the match (or a match of nothing), and these are the prompt's blocks."""
@@ -237,10 +245,11 @@ class Planner:
         request is to wait outside the batch, else one whose bytes are in memory.
 
         The last token is left to the engine, which needs its logits; with it goes its block, since loads are whole
-        blocks. Where a group has a window, its parts are those of a boundary between chunks, so the load ends at one.
+        blocks. Where not every group keeps all tokens, its parts are those of a boundary between chunks, so the load
+        ends at one.
         Past the deadline only what already lies in memory counts.
         """
-        size = self._geometry.chunk_tokens if self._has_windows else self._tokens_per_block
+        size = self._geometry.chunk_tokens if self._has_windows or self._state_groups else self._tokens_per_block
         last = (chain.num_tokens - 1) // size * size
         chunk_tokens = self._geometry.chunk_tokens
         deadline = self._clock() + self._options.load_deadline_seconds
@@ -329,6 +338,8 @@ class Planner:
         return True
 
     def _load_copy(self, part: Part, load: _Load, block_ids: BlockIds) -> PartCopy:
+        if part.group in self._state_groups:
+            return self._state_copy(part, block_ids)
         chunk_start = part.chunk * self._blocks_per_chunk
         first = max(load.start // self._tokens_per_block, self._first_live_block(part.group, load.end))
         begin = max(first, chunk_start)
@@ -366,6 +377,8 @@ class Planner:
             return
         if tracked.chain.root != self._root:
             return
+        if self._state_groups and not self._ends_in_states(tracked.block_ids, end):
+            return
         if end > tracked.chain.num_tokens or not self._are_followed(tracked.block_ids, num_chunks):
             # A pass was missed, or blocks are of a kind that we do not know: which KV is where would be a guess.
             self.meter.add("requests_not_followed")
@@ -374,7 +387,7 @@ class Planner:
         tracked.num_chunks = num_chunks
         first_chunk = self._first_whole_chunk(tracked.block_ids, computed)
         boundaries = [num_chunks]
-        if self._has_windows and tracked.chain.num_tokens == num_chunks * chunk_tokens:
+        if self._has_windows and not self._state_groups and tracked.chain.num_tokens == num_chunks * chunk_tokens:
             # The same prompt again goes on one chunk earlier, as its last token is always computed.
             boundaries.insert(0, num_chunks - 1)
         for boundary in boundaries:
@@ -385,8 +398,16 @@ class Planner:
                 parts = [self._store_copy(part, tracked.block_ids) for part in job.parts]
                 metadata.stores.append(RequestJob(data.request_id, CopyJob(job.job_id, parts)))
 
+    def _ends_in_states(self, block_ids: BlockIds, end: int) -> bool:
+        """Whether a request can go on where a pass ends: only there are states known, and where the engine keeps
+        them."""
+        last = end // self._tokens_per_block - 1
+        return end % self._geometry.chunk_tokens == 0 and all(
+            last < len(block_ids[group]) and block_ids[group][last] != NO_BLOCK for group in self._state_groups
+        )
+
     def _are_followed(self, block_ids: BlockIds, num_chunks: int) -> bool:
-        """Whether the blocks of these chunks are known. Only a window leaves blocks behind."""
+        """Whether the blocks of these chunks are known. Where every token is kept none may be missing."""
         return all(
             num_chunks * self._blocks_per_chunk <= len(of_group)
             and (group.kind is not GroupKind.FULL or NO_BLOCK not in of_group)
@@ -394,18 +415,24 @@ class Planner:
         )
 
     def _first_whole_chunk(self, block_ids: BlockIds, computed: int) -> int:
-        """The first chunk of which every group has all blocks: the engine takes those behind a window back."""
+        """The first chunk of which no window's group lacks blocks: the engine takes those behind a window back."""
         first_block = 0
         for group, of_group in enumerate(block_ids):
-            if self._geometry.groups[group].kind is not GroupKind.FULL:
+            if self._geometry.groups[group].kind is GroupKind.WINDOW:
                 last_gone = max((index for index, block in enumerate(of_group) if block == NO_BLOCK), default=-1)
                 first_block = max(first_block, last_gone + 1, self._first_live_block(group, computed))
         return -(-first_block // self._blocks_per_chunk)
 
     def _store_copy(self, part: Part, block_ids: BlockIds) -> PartCopy:
+        if part.group in self._state_groups:
+            return self._state_copy(part, block_ids)
         start = part.chunk * self._blocks_per_chunk
         of_chunk = list(block_ids[part.group][start : start + self._blocks_per_chunk])
         return PartCopy(part.group, part.slots, 0, of_chunk)
+
+    def _state_copy(self, part: Part, block_ids: BlockIds) -> PartCopy:
+        last = (part.chunk + 1) * self._blocks_per_chunk - 1
+        return PartCopy(part.group, part.slots, 0, [block_ids[part.group][last]])
 
 
 def _blocks_of(data: RequestData) -> list[list[int]]:

@@ -58,6 +58,10 @@ def test_cold_and_from_memory(engine: Engine, reference: list[list[int]]) -> Non
         assert (engine.metric("vllm:external_prefix_cache_hits") > before) == hits
         engine.check()
     assert engine.metric("vllm:num_preemptions") > 0, "the pool is too large to show what preemption does"
+    assert engine.metric("vllm:kvferry_hit_tokens") == engine.count("load_tokens_memory") > 0
+    assert engine.metric("vllm:kvferry_loaded_bytes") == engine.count("loaded_bytes") > 0
+    assert engine.metric("vllm:kvferry_saved_bytes") == engine.count("stored_bytes") > 0
+    assert engine.metric("vllm:kvferry_failed_loads") == 0
 
 
 def test_one_by_one_each_evicts_another(engine: Engine, reference: list[list[int]]) -> None:

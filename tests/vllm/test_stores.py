@@ -83,7 +83,7 @@ def test_a_load_that_fails_is_computed(model: Path, reference: list[list[int]], 
         engine.clear_pool()
         break_next_load(engine)
         assert engine.generate(PROMPTS, NUM_TOKENS) == reference
-        assert engine.worker.stats()["jobs_failed"] == 1
+        assert engine.metric("vllm:kvferry_failed_loads") == engine.worker.stats()["jobs_failed"] == 1
         engine.check()
 
 

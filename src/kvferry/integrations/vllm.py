@@ -22,6 +22,7 @@ from kvferry.errors import ConfigError
 from kvferry.integrations.vllm_identity import engine_identity
 from kvferry.integrations.vllm_layout import CacheGroup, read_groups, read_layouts, read_shared_layout
 from kvferry.integrations.vllm_messages import FerryMetadata, FerryWorkerMetadata
+from kvferry.integrations.vllm_metrics import FerryPromMetrics, FerryStats
 from kvferry.integrations.vllm_scheduler import Roles, SchedulerHalf
 from kvferry.integrations.vllm_stores import Engine
 from kvferry.integrations.vllm_worker import WorkerHalf
@@ -106,7 +107,8 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             told = connector_output.kv_connector_worker_meta
             failed = told.failed if isinstance(told, FerryWorkerMetadata) else set()
-            self._scheduler.take_in(connector_output.finished_sending or (), failed)
+            saved, loaded = connector_output.finished_sending, connector_output.finished_recving
+            self._scheduler.take_in(saved or (), loaded or (), failed)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
@@ -185,6 +187,23 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
         failed = self._worker.take_failed() if self._worker is not None else set()
         return FerryWorkerMetadata(failed) if failed else None
 
+    # -- both ----------------------------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> FerryStats | None:
+        """The scheduler's half alone counts, so that nothing is counted once a rank."""
+        counts = self._scheduler.take_counts() if self._scheduler is not None else {}
+        return FerryStats(counts) if counts else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> FerryStats:
+        return FerryStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> FerryPromMetrics:
+        return FerryPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def shutdown(self) -> None:
         for half in (self._worker, self._scheduler):
             if half is not None:
@@ -211,8 +230,6 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
             spec.block_size, spec.num_kv_heads, spec.head_size, cache_dtype_str=cache_dtype
         )
         return int(dim)
-
-    # -- both ----------------------------------------------------------------------------------------------------------
 
     def _answer(self, hook: Callable[[], T], otherwise: T) -> T:
         try:

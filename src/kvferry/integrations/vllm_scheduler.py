@@ -21,6 +21,8 @@ from kvferry.connector.api import NO_BLOCK, Request, RequestData, SchedulerOutpu
 from kvferry.integrations.vllm_identity import Adapters, request_extras
 from kvferry.integrations.vllm_messages import FerryMetadata
 from kvferry.integrations.vllm_stores import Engine, open_for_scheduler
+from kvferry.observability.metrics import Meter
+from kvferry.offload.metadata import PassMetadata
 from kvferry.offload.planner import Planner
 from kvferry.server.client import StoreClient
 from kvferry.store.keys import Extras
@@ -94,6 +96,12 @@ class SchedulerHalf:
         """What the next step's metadata says besides jobs."""
         self._held: set[str] = set()
         """Finished requests whose blocks vLLM keeps until their saves end."""
+        self._began: dict[str, float] = {}
+        """When requests began to wait for their load."""
+        self._load_seconds: list[float] = []
+        self._meter = Meter()
+        self._reported: Mapping[str, float] = {}
+        """Counts as they were when `take_counts` was last called."""
 
     def wait_for_workers(self, timeout_seconds: float) -> bool:
         """Wait until all workers have registered. False: they have not, or there is no cache server, but may later."""
@@ -131,6 +139,7 @@ class SchedulerHalf:
             first = followed.num_local_tokens // self._tokens_per_block
             held = [block for of_group in blocks for block in of_group[first:] if block != NO_BLOCK]
             self._loading[request.request_id] = held
+            self._began[request.request_id] = time.monotonic()
             self._told.names[followed.request_id] = request.request_id
         self._planner.allocated(followed, blocks)
 
@@ -145,6 +154,7 @@ class SchedulerHalf:
             if self._roles.may_store:
                 self._translate(output, translated)
             told.jobs = self._planner.plan(translated)
+            self._count(told.jobs)
             lost = {number: told.names[number] for number in told.jobs.lost_loads if number in told.names}
             told.lost = {number: self._loading[name] for number, name in lost.items() if name in self._loading}
         return told
@@ -154,6 +164,7 @@ class SchedulerHalf:
         name = request.request_id
         followed = self._followed.pop(name, None)
         self._loading.pop(name, None)
+        self._began.pop(name, None)
         if self._planner is None or followed is None or not self._planner.finished(followed.request_id):
             return False
         self._told.finished.append(followed.request_id)
@@ -161,10 +172,14 @@ class SchedulerHalf:
         self._held.add(name)
         return True
 
-    def take_in(self, finished_sending: Iterable[str], failed_loads: Iterable[str]) -> None:
+    def take_in(self, saved: Iterable[str], loaded: Iterable[str], failed: Iterable[str]) -> None:
         """vLLM's `update_connector_output`. A request whose load failed is not offered another: it might fail again."""
-        self._held.difference_update(finished_sending)
-        for name in failed_loads:
+        self._held.difference_update(saved)
+        for name in loaded:
+            if (began := self._began.pop(name, None)) is not None:
+                self._load_seconds.append(time.monotonic() - began)
+        for name in failed:
+            self._meter.add("failed_loads")
             if (followed := self._followed.get(name)) is not None:
                 followed.may_load = False
                 followed.num_connector_matched_tokens = 0
@@ -183,6 +198,19 @@ class SchedulerHalf:
         """The store's counters and gauges and the planner's."""
         stored = self._store.stats() if self._store is not None else {}
         return {**stored, **(self._planner.meter.snapshot() if self._planner is not None else {})}
+
+    def take_counts(self) -> dict[str, Any]:
+        """What was counted since the last call: of loads and saves begun, and how long loads took."""
+        planned = self._planner.meter.snapshot() if self._planner is not None else {}
+        counts = {**planned, **self._meter.snapshot()}
+        news: dict[str, Any] = {
+            name: value - self._reported.get(name, 0)
+            for name, value in counts.items()
+            if value != self._reported.get(name, 0)
+        }
+        self._reported = counts
+        seconds, self._load_seconds = self._load_seconds, []
+        return news | ({"load_seconds": seconds} if seconds else {})
 
     def shutdown(self) -> None:
         if self._planner is not None:
@@ -214,6 +242,12 @@ class SchedulerHalf:
             return None
         self._followed[request.request_id] = followed = _Followed(next(self._numbers), request, extras)
         return followed
+
+    def _count(self, jobs: PassMetadata) -> None:
+        for name, orders in (("loaded_bytes", jobs.async_loads), ("saved_bytes", jobs.stores)):
+            if orders:
+                slots = (slot for order in orders for part in order.job.parts for slot in part.slots)
+                self._meter.add(name, sum(slot.num_bytes for slot in slots))
 
     # -- steps -------------------------------------------------------------------------------------------------------
 

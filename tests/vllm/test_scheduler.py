@@ -46,10 +46,10 @@ def drive(simulation: Simulation, *, failing: float) -> None:
 def test_every_step_reads_what_was_computed(llama: Path, groups: str, failing: float, overlap: bool) -> None:
     seen = {"loaded": 0.0, "preempted": 0.0, "failed": 0.0}
 
-    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(st.integers(0, 2**32 - 1))
     def run(seed: int) -> None:
-        num_blocks = {"full": 40, "windows": 60, "states": 60, "all": 80}[groups]
+        num_blocks = {"full": 40, "windows": 60, "states": 60, "all": 62}[groups]
         simulation = Simulation(llama, GROUPS[groups], num_blocks, seed, overlap=overlap)
         try:
             drive(simulation, failing=failing)

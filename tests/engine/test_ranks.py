@@ -163,11 +163,12 @@ def test_a_rank_that_cannot_start_says_why(llama: str, tmp_path: Path, monkeypat
         options={"shelf": "picky"},
     )
     SHELVES["picky"] = Shelf()
-    folders = set(Path(tempfile.gettempdir()).glob("kvferry-ranks-*"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     with pytest.raises(EngineDeadError, match="rank 1 cannot start: RuntimeError: no place for me on rank 1"):
         LLM(llama, tensor_parallel_size=2, kv_connector_config=config)
     del SHELVES["picky"]
-    assert set(Path(tempfile.gettempdir()).glob("kvferry-ranks-*")) <= folders
+    assert not list((tmp_path / "temporary").iterdir())
     assert not engine_threads()
 
 

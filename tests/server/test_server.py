@@ -127,8 +127,21 @@ def test_only_the_user_may_open_the_socket(tmp_path: Path) -> None:
 
 def test_a_folder_that_everybody_may_change_holds_no_socket(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    with pytest.raises(StoreError, match="every user"):
+    with pytest.raises(StoreError, match="other users"):
         StoreServer(None, Endpoint.parse(f"ipc://{tmp_path / 'server.sock'}"))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+def test_what_is_another_user_s_is_not_trusted(served: Served, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, 12345, 12345)
+    with pytest.raises(StoreError, match="other users"):
+        StoreServer(None, Endpoint.parse(f"ipc://{theirs / 'server.sock'}"))
+    theirs.rmdir()
+    os.chown(served.url.removeprefix("ipc://"), 12345, 12345)
+    with pytest.raises(StoreError, match="belongs to user 12345"):
+        Endpoint.parse(served.url).check_owner()
 
 
 def test_a_server_that_lives_keeps_its_socket(served: Served, make_peer: Callable[..., Peer]) -> None:

@@ -116,9 +116,9 @@ def main() -> None:
                 assert bytes(store.mapping.view(slot)) == bytes_of(entry.id[0], part, rank), f"life {life}"
             found.add(entry.id)
         assert evicts or told <= found, f"{len(told - found)} committed parts are gone after life {life}"
-        assert not evicts or life < 5 or store.stats()["entries_committed"] > 0
         num_found += len(found)
         store.close(keep_arena=life < num_kills - 1)
+    assert num_found > 0
     print(num_found, len(told))
 
 

@@ -171,3 +171,16 @@ def test_pools_of_several_regions(
     for (pages, _), old in zip(views, before, strict=True):
         assert torch.equal(pages[loaded], old[saved])
         assert torch.equal(pages[untouched], old[untouched])
+
+
+def test_a_copy_is_made_also_while_the_interpreter_ends(
+    engine: CopyEngine, layout: Layout, arena: bytearray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.submit(Direction.FROM_POOL, parts_at(layout, [1], [3, 5, 7, 9]), None).wait()
+    of_part = slice(BLOCKS_PER_PART * layout.block_bytes, 2 * BLOCKS_PER_PART * layout.block_bytes)
+    stored = bytes(arena[of_part])
+    arena[of_part] = bytes(len(stored))
+    monkeypatch.setattr("concurrent.futures.thread._shutdown", True)  # executors refuse from then on
+    engine.submit(Direction.FROM_POOL, parts_at(layout, [1], [3, 5, 7, 9]), None).wait()
+    assert any(stored)
+    assert bytes(arena[of_part]) == stored

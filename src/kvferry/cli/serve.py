@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_queued < 1 or not 0 <= arguments.grace_seconds < float("inf"):
         raise ConfigError("--max-queued must be at least 1, and --grace-seconds a finite number of at least 0")
     name = arguments.served_model_name or arguments.model
-    with _bind(arguments.host, arguments.port) as listener, _sigterm_as_interrupt():
+    with _bind(arguments.host, arguments.port) as listener, _signals_as_interrupts():
         host, port = listener.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         print(f"Loading {arguments.model} ...", file=sys.stderr, flush=True)
@@ -89,10 +89,12 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM while the engine opens or closes unwinds as Ctrl-C does, so that nothing is left in shared memory."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _signals_as_interrupts() -> Iterator[None]:
+    """SIGTERM, and SIGINT even where a shell's `&` had it ignored, unwind while the engine opens or closes, so that
+    nothing is left in shared memory."""
+    before = {end: signal.signal(end, signal.default_int_handler) for end in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for end, handler in before.items():
+            signal.signal(end, handler)

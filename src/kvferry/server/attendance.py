@@ -84,7 +84,6 @@ class Attendance:
         self._endpoint = endpoint
         self._client = client
         self._name = name
-        self._connect_seconds = connect_seconds
         self._setup_until = time.monotonic() + connect_seconds
         self._has_session = False
         self._is_refused = False

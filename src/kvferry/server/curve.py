@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
 from kvferry.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zmq.auth.thread import ThreadAuthenticator
 
 _KEY_CHARACTERS = 40
 """Of a key in Z85, the form in which ZeroMQ writes them."""
@@ -53,6 +55,8 @@ def protect_server(socket: zmq.Socket[Any], keys: ServerKeys) -> ThreadAuthentic
     socket.curve_secretkey = keys.secret
     if keys.clients is None:
         return None
+    from zmq.auth.thread import ThreadAuthenticator
+
     guard = ThreadAuthenticator(socket.context)
     guard.start()
     guard.configure_curve_callback(credentials_provider=_Listed(keys.clients))

@@ -92,8 +92,9 @@ class Listener:
     def _bind_path(self, socket: zmq.Socket[Any], path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = path.parent.stat()
-        if folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX:
-            raise StoreError(f"no socket is made in {path.parent}, where every user may put another in its place")
+        is_shared = bool(folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX)
+        if is_shared or folder.st_uid not in {os.getuid(), 0}:
+            raise StoreError(f"no socket is made in {path.parent}, where other users may put one in its place")
         self._lock = _take_lock(path)
         path.unlink(missing_ok=True)  # A dead server's: the lock was free.
         socket.bind(f"ipc://{path}")

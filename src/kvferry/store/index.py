@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from kvferry.blocks import Slot, Tier
 from kvferry.errors import InvariantError
@@ -40,8 +40,7 @@ class EntryState(enum.Enum):
     """Complete and immutable."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """An entry to make room for: `num_ranks` slots of `part_bytes`. `parent` is the key of the chunk before.
 
     geometry_tag, salt_tag: what it is stored under, for those who list, limit or clear what is kept.
@@ -200,10 +199,13 @@ class Index:
         for slot in entry.slots:
             self._slots.give_back(slot)
 
-    def touch(self, entry: Entry) -> None:
-        """The entry was used."""
-        entry.used_at = self._clock()
-        self._evictor.touch(entry.id)
+    def use(self, entries: Iterable[Entry]) -> None:
+        """The entries were used. Keep each until as many `unpin`."""
+        now = self._clock()
+        for entry in entries:
+            entry.used_at = now
+            self._evictor.pin(entry.id)
+            self._evictor.touch(entry.id)
 
     def pin(self, entry: Entry) -> None:
         """Keep the entry until as many `unpin`."""

@@ -153,9 +153,7 @@ class Store:
             if any(source is None for source in sources):
                 return None
             present = [entry for entry in entries if entry is not None]
-            for entry in present:
-                self._index.pin(entry)
-                self._index.touch(entry)
+            self._index.use(present)
             self._tiers.touch(present)
             promoted = self._index.reserve(missing, EntryState.PROMOTING) if missing else []
             if promoted is None:
@@ -196,9 +194,7 @@ class Store:
             if first_chunk > 0:
                 parents = ((keys[first_chunk - 1], group) for group in range(len(geometry.groups)))
                 kept += [entry for parent in parents if (entry := self._index.get(parent))]
-            for entry in kept:
-                self._index.pin(entry)
-                self._index.touch(entry)
+            self._index.use(kept)
             reserved = self._reserve(missing)
             for entry in kept:
                 self._index.unpin(entry)

@@ -18,7 +18,7 @@ from kvferry.server.server import StoreServer
 from kvferry.store.assembly import open_store
 from kvferry.store.managed import ManagedStore
 
-PATIENT: Final = {"connect_deadline_seconds": 10.0, "match_deadline_seconds": 5.0, "job_deadline_seconds": 5.0}
+PATIENT: Final = {"connect_deadline_seconds": 10.0, "match_deadline_seconds": 0.9, "job_deadline_seconds": 0.9}
 """Deadlines for clients of which the test is about something else: the machine may be busy."""
 
 

@@ -27,7 +27,13 @@ class HostCopier:
     def copy(self, plan: Plan) -> list[Future[None]]:
         """Begin; the shares of the plan under way."""
         num_shares = max(1, min(self._num_threads, plan.num_bytes // _SMALLEST_SHARE_BYTES))
-        return [self._threads.submit(move, share) for share in plan.split(num_shares)]
+        under_way = []
+        for share in plan.split(num_shares):
+            try:
+                under_way.append(self._threads.submit(move, share))
+            except RuntimeError:  # the interpreter ends: executors close before an engine that still runs is ended
+                move(share)
+        return under_way
 
     def close(self) -> None:
         """Wait for what was begun. Calling it again does nothing."""

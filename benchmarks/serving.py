@@ -27,6 +27,7 @@ from kvferry.cli.demo import DEFAULT_MODEL
 
 NUM_CLIENTS, NUM_GENERATED, POOL_PROMPTS = 64, 4, 8
 BLOCK, CHUNK = 32, 256
+MAX_NUM_TOKENS = 2048  # a pass of the default's 8,192 can outlast the leases of its saves on two busy cores
 LEAST_GAIN = 3.0
 
 
@@ -40,6 +41,7 @@ def serving(model: str, pool_tokens: int, arena_gb: float) -> Iterator[str]:
     options = {
         "kv_cache_config": {"tokens_per_block": BLOCK, "max_tokens": pool_tokens},
         "kv_connector_config": {"connector": "kvferry", "options": {"chunk_tokens": CHUNK, "l1_size_gb": arena_gb}},
+        "max_num_tokens": MAX_NUM_TOKENS,
         "dtype": "float32",
     }
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:

@@ -13,6 +13,8 @@ import pytest
 
 from kvferry.config import KvCacheConfig as OwnKvCacheConfig
 from kvferry.connector.presets import presets
+from kvferry.engine.sampling import SamplingParams
+from kvferry.engine.sequence import Sequence, SequenceStatus
 from kvferry.errors import ConfigError
 from kvferry.integrations.trtllm_namespace import NAMES, ROOT, install
 from kvferry.integrations.trtllm_shapes import Logger
@@ -46,8 +48,22 @@ def test_every_name_of_the_table_is_there(module: str) -> None:
     assert import_module(module) is found
 
 
+def test_a_request_tells_its_state_in_the_names_of_tensorrt_llm() -> None:
+    states = import_module("tensorrt_llm.bindings").LlmRequestState
+    request = Sequence(1, [5, 6, 7], SamplingParams())
+    assert request.state is states.CONTEXT_INIT
+    request.status = SequenceStatus.LOADING
+    assert request.state is states.DISAGG_GENERATION_TRANS_IN_PROGRESS
+    request.status = SequenceStatus.RUNNING
+    assert request.state is states.CONTEXT_INIT
+    request.tokens.append(8)
+    assert request.state is states.GENERATION_IN_PROGRESS
+    request.status = SequenceStatus.FINISHED
+    assert request.state is states.GENERATION_COMPLETE
+
+
 def test_names_mean_what_they_mean_in_kvferry() -> None:
-    from kvferry import KvCacheConnectorConfig, SamplingParams
+    from kvferry import KvCacheConnectorConfig
     from kvferry.connector import KvCacheConnectorWorker
 
     old, new = (

@@ -23,12 +23,11 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvferry.cli.columns import print_columns
-
-if TYPE_CHECKING:
-    from kvferry.config import KvCacheConnectorConfig
+from kvferry.config import KvCacheConnectorConfig
+from kvferry.errors import ConfigError
 
 _OWN_FOLDER = {"persistent": "folder"}
 """Presets that keep files in the user's home unless this option says where: checked in a folder that is removed."""
@@ -55,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; progress goes to standard error."""
+    from transformers.utils.logging import disable_progress_bar
+
     from kvferry import LLM  # noqa: F401 - says what to install where the engine's packages are missing
-    from kvferry.errors import ConfigError
     from kvferry.testing.connector import CheckOptions, check_connector
 
     if arguments.list:
@@ -73,9 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
         expect_restart_hit=arguments.persistent,
         **{name: size for name, size in sizes.items() if size is not None},
     )
-    _hide_progress_bars()
+    disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="kvferry-check-") as folder:
-        report = check_connector(_config(arguments, folder), arguments.scenario, options, _tell)
+        config = _config(arguments, folder)
+        report = check_connector(config, arguments.scenario, options, lambda name: print(name, "...", file=sys.stderr))
     print(report.to_json() if arguments.json else report)
     return 0 if report.passed else 1
 
@@ -89,9 +90,6 @@ def _print_lists() -> None:
 
 
 def _config(arguments: argparse.Namespace, folder: str) -> KvCacheConnectorConfig:
-    from kvferry.config import KvCacheConnectorConfig
-    from kvferry.errors import ConfigError
-
     options = dict(_parse_option(text, folder) for text in arguments.option)
     module, colon, classes = arguments.connector.partition(":")
     if not colon:
@@ -112,8 +110,6 @@ def _config(arguments: argparse.Namespace, folder: str) -> KvCacheConnectorConfi
 
 def _parse_option(text: str, folder: str) -> tuple[str, Any]:
     """KEY=VALUE, VALUE being JSON if it can be read so, such as a number, and text if not."""
-    from kvferry.errors import ConfigError
-
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise ConfigError(f"--option {text!r} is not KEY=VALUE")
@@ -122,13 +118,3 @@ def _parse_option(text: str, folder: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
-
-
-def _tell(scenario: str) -> None:
-    print(f"{scenario} ...", file=sys.stderr, flush=True)
-
-
-def _hide_progress_bars() -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()

@@ -13,6 +13,7 @@ Knows no store and imports no torch.
 
 from __future__ import annotations
 
+import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 
 NO_BLOCK = -1
 """Stands for a block that a layer group does not have at this position. Never an index."""
+
+
+class RequestState(enum.Enum):
+    """Where a request is, in the names of TensorRT-LLM's `LlmRequestState`."""
+
+    CONTEXT_INIT = "waits, or its prompt is computed"
+    DISAGG_GENERATION_TRANS_IN_PROGRESS = "waits for an asynchronous load"
+    GENERATION_IN_PROGRESS = "generates"
+    GENERATION_COMPLETE = "has ended"
 
 
 class Request(Protocol):

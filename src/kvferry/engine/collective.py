@@ -3,15 +3,18 @@
 Rank 0 leads. Nothing here has a deadline: whoever watches over the processes (`ranks`) ends those that died or stopped,
 and a read from a process that has ended raises. Knows no engine and no tensor.
 
-A process is one rank of one world: of the engine that it started last, or whose follower it is. The functions at the
-end are for connectors, which know no other way to ask for it (TensorRT-LLM's take MPI's).
+The functions at the end are for connectors that ask for their rank as TensorRT-LLM's do, of nobody in particular. The
+answer is that of the engine that the thread acts for: it constructs it, or is its loop. For any other thread it is that
+of the engine whose follower the process is, or that was started last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -75,29 +78,44 @@ class FollowerCollective:
         return []
 
 
-_world: Collective = LocalCollective()
+_last: Collective = LocalCollective()
+_own: ContextVar[Collective | None] = ContextVar("collective", default=None)
 
 
 def enter_world(collective: Collective) -> None:
-    """This process is a rank of that collective from now on."""
-    global _world  # noqa: PLW0603 - like MPI's, the world is the process's
-    _world = collective
+    """Threads that act for no engine are this rank's from now on."""
+    global _last  # noqa: PLW0603 - like MPI's, this world is the process's
+    _last = collective
 
 
 def leave_world(collective: Collective) -> None:
-    """It is alone again, unless it has entered another since."""
-    if _world is collective:
+    """They are alone again, unless another world was entered since."""
+    if _last is collective:
         enter_world(LocalCollective())
 
 
+@contextlib.contextmanager
+def acting_for(collective: Collective) -> Iterator[None]:
+    """What this thread calls within is called by that rank."""
+    token = _own.set(collective)
+    try:
+        yield
+    finally:
+        _own.reset(token)
+
+
+def _world() -> Collective:
+    return _own.get() or _last
+
+
 def world_rank() -> int:
-    """This process's rank."""
-    return _world.rank
+    """The caller's rank."""
+    return _world().rank
 
 
 def world_size() -> int:
     """How many ranks there are."""
-    return _world.size
+    return _world().size
 
 
 def broadcast(value: Any, root: int = 0) -> Any:
@@ -108,12 +126,13 @@ def broadcast(value: Any, root: int = 0) -> Any:
     """
     if root != 0:
         raise ConnectorError(f"only rank 0 can broadcast here, not rank {root}")
-    return _world.broadcast(value)
+    return _world().broadcast(value)
 
 
 def allgather(value: Any) -> list[Any]:
     """All ranks' values in the order of ranks, on every rank. Who must call it and errors: as `broadcast`."""
-    return list(_world.broadcast(_world.gather(value)))
+    world = _world()
+    return list(world.broadcast(world.gather(value)))
 
 
 def barrier() -> None:

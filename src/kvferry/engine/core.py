@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from kvferry.connector.manager import Finished, KvCacheConnectorManager
+from kvferry.connector.manager import Finished, KvCacheConnectorManager, LocalCollective
+from kvferry.engine.collective import acting_for
 from kvferry.engine.executor import Executor
 from kvferry.engine.outputs import FinishReason
 from kvferry.engine.ranks import Ranks
@@ -119,6 +120,10 @@ class EngineCore:
     # -- the loop's thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        with acting_for(self._ranks.collective if self._ranks is not None else LocalCollective()):
+            self._run_until_shutdown()
+
+    def _run_until_shutdown(self) -> None:
         try:
             while self._take_commands():
                 self.step()

@@ -129,7 +129,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     through CUDA IPC is an allocation from its beginning on, whatever address they name."""
     if device.type != "cuda":
         return torch.zeros(shape, dtype=dtype, device=device)
-    with torch.cuda.use_mem_pool(torch.cuda.MemPool(), device):
+    # A device without an index is the current one, which `use_mem_pool` takes by that number or not at all.
+    with torch.cuda.use_mem_pool(torch.cuda.MemPool(), device.index):
         return torch.zeros(shape, dtype=dtype, device=device)
 
 

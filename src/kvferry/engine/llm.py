@@ -14,8 +14,9 @@ import torch
 
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
 from kvferry.connector.config import LlmArgs
-from kvferry.connector.manager import KvCacheConnectorManager
+from kvferry.connector.manager import KvCacheConnectorManager, LocalCollective
 from kvferry.connector.presets import resolve
+from kvferry.engine.collective import acting_for, enter_world
 from kvferry.engine.core import EngineCore
 from kvferry.engine.executor import Executor
 from kvferry.engine.follower import PoolPlan
@@ -77,8 +78,11 @@ class LLM:
         self._max_seq_len = max_seq_len
         self._plan = plan_first_rank(os.fspath(model), dtype, _find_device(device), tensor_parallel_size)
         self._ranks = Ranks(self._plan, rank_timeout_seconds) if tensor_parallel_size > 1 else None
+        collective = self._ranks.collective if self._ranks is not None else LocalCollective()
+        enter_world(collective)
         try:
-            self._start(kv_connector_config, max_batch_size, max_num_tokens, enable_chunked_prefill)
+            with acting_for(collective):
+                self._start(kv_connector_config, max_batch_size, max_num_tokens, enable_chunked_prefill)
         except BaseException:
             if self._ranks is not None:
                 self._ranks.close(at_once=True)

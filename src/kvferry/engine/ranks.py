@@ -24,7 +24,7 @@ import msgspec
 import torch
 
 from kvferry.connector import wire
-from kvferry.engine.collective import LeaderCollective, enter_world, leave_world, open_pair
+from kvferry.engine.collective import LeaderCollective, leave_world, open_pair
 from kvferry.engine.follower import PULSE_SECONDS, FollowerPlan, PoolPlan, Started, Step
 from kvferry.engine.partition import RankGroup
 from kvferry.engine.rank import RankPlan, device_of_rank
@@ -82,7 +82,6 @@ class Ranks:
             self.close()
             raise
         self.collective = LeaderCollective([process.channel for process in self._processes])
-        enter_world(self.collective)
         self._watch = threading.Thread(target=self._watch_over, name="kvferry-ranks", daemon=True)
         self._watch.start()
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 from typing import overload
 
+from kvferry.connector.api import RequestState
 from kvferry.engine.outputs import FinishReason
 from kvferry.engine.sampling import SamplingParams
 
@@ -23,7 +24,7 @@ class SequenceStatus(enum.Enum):
 
 class Sequence:
     """One request's tokens, blocks and progress. Satisfies `connector.api.Request`, and has what else connectors for
-    TensorRT-LLM read of its requests: `prompt_len`, `context_current_position`, `multimodal_positions`.
+    TensorRT-LLM read of its requests: `prompt_len`, `context_current_position`, `multimodal_positions`, `state`.
 
     num_computed: tokens whose KV is in the pool. num_pool_tokens of them came with reused blocks,
     num_connector_matched_tokens from the connector; the rest was computed here.
@@ -83,6 +84,17 @@ class Sequence:
     @property
     def context_current_position(self) -> int:
         return self.num_computed
+
+    @property
+    def state(self) -> RequestState:
+        match self.status:
+            case SequenceStatus.LOADING:
+                return RequestState.DISAGG_GENERATION_TRANS_IN_PROGRESS
+            case SequenceStatus.FINISHED:
+                return RequestState.GENERATION_COMPLETE
+            case _ if self.num_output_tokens:
+                return RequestState.GENERATION_IN_PROGRESS
+        return RequestState.CONTEXT_INIT
 
     @property
     def multimodal_positions(self) -> tuple[int, ...]:

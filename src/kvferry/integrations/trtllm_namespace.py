@@ -36,7 +36,8 @@ _OUTPUTS = {
     "RequestOutput": "kvferry.engine.outputs:RequestOutput",
 }
 _LOGGER = {"logger": "kvferry.integrations.trtllm_shapes:logger"}
-_REQUEST = {"LlmRequest": "kvferry.connector.api:Request"}
+_REQUEST = {"LlmRequest": "kvferry.engine.sequence:Sequence"}
+_STATE = {"LlmRequestState": "kvferry.connector.api:RequestState"}
 _CONNECTOR = {
     "KvCacheConnectorScheduler": "kvferry.connector.api:KvCacheConnectorScheduler",
     "KvCacheConnectorWorker": "kvferry.connector.api:KvCacheConnectorWorker",
@@ -52,7 +53,7 @@ NAMES: dict[str, dict[str, str]] = {
     "tensorrt_llm.sampling_params": {"SamplingParams": _ENGINE["SamplingParams"]},
     "tensorrt_llm.logger": _LOGGER,
     "tensorrt_llm._utils": {**_RANKS, "mpi_allgather": "kvferry.engine.collective:allgather"},
-    "tensorrt_llm.bindings": {},
+    "tensorrt_llm.bindings": _STATE,
     "tensorrt_llm.bindings.executor": {"ExecutorConfig": _ARGUMENTS["TorchLlmArgs"]},
     "tensorrt_llm.bindings.internal": {},
     "tensorrt_llm.bindings.internal.batch_manager": _REQUEST,
@@ -60,7 +61,10 @@ NAMES: dict[str, dict[str, str]] = {
     "tensorrt_llm.runtime.kv_cache_manager_v2": {"BAD_PAGE_INDEX": "kvferry.connector.api:NO_BLOCK"},
     "tensorrt_llm._torch": {},
     "tensorrt_llm._torch.pyexecutor": {},
-    "tensorrt_llm._torch.pyexecutor.llm_request": _REQUEST,
+    "tensorrt_llm._torch.pyexecutor.llm_request": {**_REQUEST, **_STATE},
+    "tensorrt_llm._torch.pyexecutor.scheduler": {
+        "ScheduledRequests": "kvferry.integrations.trtllm_shapes:ScheduledRequests",
+    },
     "tensorrt_llm._torch.pyexecutor.kv_cache_connector": _CONNECTOR,
     "tensorrt_llm._torch.pyexecutor.connectors": {},
     "tensorrt_llm._torch.pyexecutor.connectors.kv_cache_connector": _CONNECTOR,

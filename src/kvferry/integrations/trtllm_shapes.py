@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass, field
 from typing import Any
 
 import kvferry
 from kvferry import config
+from kvferry.connector.api import Request
 from kvferry.connector.presets import presets
 
 VERSION = f"1.3.0+kvferry.{kvferry.__version__}"
@@ -24,6 +26,14 @@ CONNECTOR_REGISTRY = {
     }
     for name, preset in presets().items()
 }
+
+
+@dataclass(slots=True)
+class ScheduledRequests:
+    """A pass's requests by what they do in it. Connectors name it in annotations; the engine hands out none."""
+
+    context_requests: list[Request] = field(default_factory=list)
+    generation_requests: list[Request] = field(default_factory=list)
 
 
 class KvCacheConfig(config.KvCacheConfig):

@@ -127,6 +127,14 @@ def test_a_request_holds_the_state_that_it_computes_and_none_behind(make: Callab
     assert full >= 13
 
 
+@pytest.mark.parametrize(("is_reused", "num_tokens"), [(True, INTERVAL), (False, 320)])
+def test_passes_are_cut_where_states_are_kept_and_only_if_they_are(
+    is_reused: bool, num_tokens: int, make: Callable[[str], Path]
+) -> None:
+    with open_llm(make("lfm2"), None, enable_block_reuse=is_reused) as llm:
+        assert llm._blocks.tokens_to_snapshot(0) == num_tokens
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_keep_states_apart(make: Callable[[str], Path], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs the package peft: pip install kvferry[lora]")

@@ -116,9 +116,7 @@ class LLM:
         args = self._llm_args(connector_config) if connector_config is not None else None
         if ranks is not None:
             ranks.make_pools(PoolPlan(num_blocks, self._kv_cache_config.tokens_per_block, args))
-        interval = self._kv_cache_config.state_interval_tokens
-        num_states = num_blocks * self._kv_cache_config.tokens_per_block // interval + self._num_moving_states
-        snapshots = Snapshots(interval, num_states)
+        snapshots = self._snapshots(num_blocks, is_kept=args is not None or self._kv_cache_config.enable_block_reuse)
         groups = group_layers(self._loaded.windows, self._loaded.state_layers, snapshots)
         self._pool = KvPool(shape, groups, num_blocks, self._kv_cache_config.tokens_per_block, device)
         self._executor = Executor(self._loaded.model, self._pool)
@@ -159,6 +157,12 @@ class LLM:
         if num_blocks < 1:
             raise RequestError(f"a pool of {max_tokens} tokens holds no block of {config.tokens_per_block} tokens")
         return num_blocks
+
+    def _snapshots(self, num_blocks: int, *, is_kept: bool) -> Snapshots:
+        """is_kept: whether anything could use a state again; otherwise no pass is cut short for one."""
+        pool_tokens = num_blocks * self._kv_cache_config.tokens_per_block
+        interval = self._kv_cache_config.state_interval_tokens if is_kept else pool_tokens
+        return Snapshots(interval, pool_tokens // interval + self._num_moving_states)
 
     @property
     def _num_moving_states(self) -> int:

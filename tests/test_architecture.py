@@ -64,6 +64,7 @@ OPTIONS = {
         "free_gpu_memory_fraction",
         "max_attention_window",
         "enable_block_reuse",
+        "state_interval_tokens",
         "max_loading_share",
         "transfer_deadline_seconds",
     ],

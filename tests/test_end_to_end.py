@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, RequestOutput, SamplingParams
-from kvferry.testing.models import FAMILIES, make_model
+from kvferry.testing import models
 from kvferry.testing.servers import ServerProcess
 
 from .engine.conftest import make_prompt
@@ -27,10 +27,13 @@ FILLER = make_prompt(POOL_TOKENS - 8, seed=99)
 
 
 def make_llm(model: Path, *, chunked: bool, connector: KvCacheConnectorConfig | None, reuse: bool = True) -> LLM:
+    pool = KvCacheConfig(
+        tokens_per_block=BLOCK, max_tokens=POOL_TOKENS, enable_block_reuse=reuse, state_interval_tokens=CHUNK
+    )
     return LLM(
         str(model),
         dtype="float32",
-        kv_cache_config=KvCacheConfig(tokens_per_block=BLOCK, max_tokens=POOL_TOKENS, enable_block_reuse=reuse),
+        kv_cache_config=pool,
         kv_connector_config=connector,
         max_num_tokens=24 if chunked else 256,
         enable_chunked_prefill=chunked,
@@ -46,13 +49,15 @@ def tokens(output: RequestOutput) -> list[int]:
     return list(output.token_ids)
 
 
-WINDOWED = {"gemma3", "mistral"}
+FAMILIES = [family for family in models.FAMILIES if family != "lfm2"]  # lfm3 has its layers and more
+WINDOWED = {"gemma3", "lfm3", "mistral"}
+RECURRENT = {"granitemoehybrid", "lfm3"}
 
 
 def can_be_loaded(length: int, family: str) -> int:
     """Tokens of a prompt that whole chunks hold, less the block of the last token, which is always computed; with
-    windows less its chunk, as the chunks that a window needs are those before a chunk's end."""
-    unit = CHUNK if family in WINDOWED else BLOCK
+    windows or states less its chunk, as what they need is what was there at a chunk's end."""
+    unit = CHUNK if family in WINDOWED | RECURRENT else BLOCK
     return min(length // CHUNK * CHUNK, (length - 1) // unit * unit)
 
 
@@ -82,7 +87,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with each family's model."""
     root = tmp_path_factory.mktemp("end-to-end")
     for family in FAMILIES:
-        make_model(family, root / family)
+        models.make_model(family, root / family)
     return root
 
 
@@ -110,7 +115,8 @@ def test_tokens_are_the_same_cold_from_pool_and_from_memory(
             memory = llm.generate(prompt, PARAMS)
             assert [tokens(output) for output in (cold, pool, memory)] == [wanted] * 3, f"{length} tokens"
             assert cold.metrics.num_computed_tokens == length
-            assert pool.metrics.num_pool_tokens == (length - 1) // BLOCK * BLOCK
+            unit = CHUNK if family in RECURRENT else BLOCK
+            assert pool.metrics.num_pool_tokens == (length - 1) // unit * unit
             found = (memory.metrics.num_pool_tokens, memory.metrics.num_connector_tokens)
             if family in WINDOWED:  # what is behind a window is given back early, so the filler may push out less
                 assert sum(found) >= can_be_loaded(length, family)

@@ -85,6 +85,11 @@ class KvCacheConfig:
         None, "attention windows of the layers in turn, which must be the model's own; default those"
     )
     enable_block_reuse: bool = option(True, "whether requests share the pool's blocks of a common prefix")
+    state_interval_tokens: int = option(
+        256,
+        "tokens between kept states of recurrent layers, where passes over a prompt end; best the chunk_tokens",
+        ge=1,
+    )
     max_loading_share: float = option(0.5, "share of the pool that requests may hold while they load", gt=0, le=1)
     transfer_deadline_seconds: float = option(
         30.0, "longest that the engine waits for a connector's asynchronous load or save", gt=0

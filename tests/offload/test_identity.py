@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
+from kvferry.blocks import GroupKind
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
 from kvferry.connector.config import LlmArgs
 from kvferry.errors import ConfigError
@@ -27,17 +29,13 @@ ARGS = LlmArgs(
 )
 
 
-def root(
-    args: LlmArgs,
-    fingerprint: str = "layout",
-    part_bytes: int = 4096,
-    chunk_tokens: int = 64,
-    window_tokens: int | None = None,
-) -> bytes:
+GROUP = PoolGroup(GroupKind.FULL, (0, 1, 2, 3), window_tokens=None, part_bytes=4096, fingerprint="layout")
+
+
+def root(args: LlmArgs, chunk_tokens: int = 64, **changes: Any) -> bytes:
     name = identity(args)
     assert name is not None
-    group = PoolGroup((0, 1, 2, 3), window_tokens, part_bytes, fingerprint)
-    return root_key(make_geometry(args, name, chunk_tokens, [group]))
+    return root_key(make_geometry(args, name, chunk_tokens, [dataclasses.replace(GROUP, **changes)]))
 
 
 @pytest.mark.parametrize(
@@ -57,8 +55,14 @@ def test_what_changes_the_bytes_changes_the_keys(change: dict[str, object]) -> N
 
 
 def test_layout_and_chunk_size_change_the_keys() -> None:
-    changes = [{"fingerprint": "other"}, {"part_bytes": 8192}, {"chunk_tokens": 128}, {"window_tokens": 64}]
-    assert len({root(ARGS), *(root(ARGS, **change) for change in changes)}) == 5  # type: ignore[arg-type]
+    changes: list[dict[str, Any]] = [
+        {"fingerprint": "other"},
+        {"part_bytes": 8192},
+        {"chunk_tokens": 128},
+        {"kind": GroupKind.WINDOW, "window_tokens": 64},
+        {"kind": GroupKind.STATE},
+    ]
+    assert len({root(ARGS), *(root(ARGS, **change) for change in changes)}) == 6
 
 
 @pytest.mark.parametrize("change", [{"engine_id": "b"}, {"model": "b"}, {"max_batch_size": 9}, {"rank": 1}])

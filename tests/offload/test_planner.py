@@ -395,3 +395,51 @@ def test_metadata_survives_msgpack(hand: Hand) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(metadata), type=PassMetadata) == metadata
     assert isinstance(metadata.loads[0].job.parts[0], PartCopy)
     hand.finish_jobs(metadata)
+
+
+def test_states_are_saved_and_loaded_where_a_pass_ends_with_a_chunk(tmp_path: Path) -> None:
+    groups = (*GEOMETRY.groups, GroupSpec(GroupKind.STATE, (1,), 8192))
+    store = Store(StoreOptions(chunk_tokens=CHUNK, l1_size_gb=0.002, arena_dir=str(tmp_path)))
+    geometry = replace(GEOMETRY, groups=groups)
+    store.register("engine", 0, geometry)
+    planner = Planner(store, geometry, BLOCK, OPTIONS)
+    full, states = list(range(100, 110)), [NO_BLOCK] * 7 + [207, NO_BLOCK, 209]
+
+    def run(request: FakeRequest, ends: Sequence[int], start: int = 0) -> list[list[PartCopy]]:
+        """The copies of each pass: of its loads, and of its saves."""
+        planned, told = [], RequestData(request.request_id, request.tokens, [], 0, 0)
+        told.new_block_ids_by_layer_group = [full, states]
+        for end in ends:
+            told.computed_position, told.num_scheduled_tokens = start, end - start
+            output = SchedulerOutput(new_requests=[told]) if not planned else SchedulerOutput(cached_requests=[told])
+            metadata = planner.plan(output)
+            orders = [*metadata.loads, *metadata.stores]
+            planned.append([part for order in orders for part in order.job.parts])
+            for order in orders:
+                store.done(order.job.job_id, 0, ok=True)
+            told = RequestData(request.request_id, [], [], 0, 0, new_block_ids_by_layer_group=[[], []])
+            start = end
+        planner.finished(request.request_id)
+        return planned
+
+    first = FakeRequest(1, prompt(40))
+    assert planner.match(first, 0) == Offer()
+    planner.allocated(first, [full, states])
+    # At 16 the engine keeps no state, at 24 no chunk ends.
+    *without, saved, last = run(first, [16, 24, 32, 40])
+    assert without == [[], []]
+    assert last == []
+    assert [(part.group, part.first_block, part.block_ids) for part in saved] == [
+        (0, 0, full[0:4]),
+        (0, 0, full[4:8]),
+        (1, 0, [207]),
+    ]
+    again = FakeRequest(2, prompt(40))
+    assert planner.match(again, 16).num_tokens == 16
+    again.num_connector_matched_tokens = 16
+    planner.allocated(again, [full, states])
+    (loaded,) = run(again, [24], start=16)
+    assert [(part.group, part.first_block, part.block_ids) for part in loaded] == [(0, 0, full[4:8]), (1, 0, [207])]
+    planner.close()
+    store.check()
+    store.close()

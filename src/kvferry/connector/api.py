@@ -168,7 +168,8 @@ class KvCacheConnectorScheduler(ABC):
         self, request: Request, block_ids_by_layer_group: list[list[int]]
     ) -> None:
         """As `update_state_after_alloc`, one list a layer group: `[g][i]` is block `i` of the prompt in group `g`, or
-        NO_BLOCK where the group needs none."""
+        NO_BLOCK where the group needs none. Of recurrent layers (`KvCacheLayerGroupLayout.kind`) the block in which the
+        match ends is to get the state there, and no other."""
         hook = "update_state_after_alloc_by_layer_group"
         self.update_state_after_alloc(request, _only(block_ids_by_layer_group, self, hook))
 

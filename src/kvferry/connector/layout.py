@@ -6,13 +6,18 @@ Names and addressing follow TensorRT-LLM's `kv_cache_layout` module: the bytes o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from kvferry.blocks import GroupKind
+
 if TYPE_CHECKING:
     import torch
+
+STATE_ROLES = ("conv_state", "ssm_state")
+"""Roles of a recurrent layer's buffers: what its convolution remembers, and the recurrence proper."""
 
 
 def valid_page_slots(page_indices: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -23,7 +28,8 @@ def valid_page_slots(page_indices: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class KvCacheBufferRef:
-    """One layer's keys or values in a region. `role` is "key" or "value"; `layer_id` counts over the whole model."""
+    """One layer's keys, values or state in a region. `role` is "key", "value" or one of STATE_ROLES; `layer_id` counts
+    over the whole model."""
 
     layer_id: int
     role: str
@@ -72,7 +78,7 @@ class KvCacheRegion:
 
 @dataclass(frozen=True, slots=True)
 class KvCacheLayerGroupLayout:
-    """Layers that share page ids. `window_size` in tokens, None for full attention.
+    """Layers that share page ids. `window_size` in tokens, None for full attention and for recurrent layers.
 
     replicated_regions: bytes that are equal on every rank; the embedded engine has none.
     """
@@ -82,6 +88,15 @@ class KvCacheLayerGroupLayout:
     window_size: int | None
     regions: tuple[KvCacheRegion, ...]
     replicated_regions: tuple[KvCacheRegion, ...] = ()
+
+    @property
+    def kind(self) -> GroupKind:
+        """STATE, as the roles say: a page holds one state, that of all tokens up to the end of its place in the list of
+        page ids, and most places have none. Else pages hold the KV of `tokens_per_block` tokens."""
+        buffers = [buffer for region in self.regions for buffer in region.buffers]
+        if buffers and all(buffer.role in STATE_ROLES for buffer in buffers):
+            return GroupKind.STATE
+        return GroupKind.FULL if self.window_size is None else GroupKind.WINDOW
 
     @property
     def bytes_per_page(self) -> int:
@@ -103,7 +118,8 @@ class KvCacheLayout:
     @property
     def dtype(self) -> torch.dtype:
         """Element type of the KV."""
-        dtype: torch.dtype = self.groups[0].regions[0].memory.dtype
+        group = next((group for group in self.groups if group.kind is not GroupKind.STATE), self.groups[0])
+        dtype: torch.dtype = group.regions[0].memory.dtype
         return dtype
 
     def group(self, layer_group_id: int) -> KvCacheLayerGroupLayout:
@@ -122,7 +138,7 @@ class KvCacheLayout:
 
     def as_single_pool_tensor(self) -> torch.Tensor | None:
         """The pool tensor that `register_kv_caches` takes, or None where one tensor cannot describe the pools."""
-        if len(self.groups) != 1 or len(self.groups[0].regions) != 1:
+        if len(self.groups) != 1 or len(self.groups[0].regions) != 1 or self.groups[0].kind is GroupKind.STATE:
             return None
         return _as_on_gpu(self.groups[0].regions[0].memory)
 
@@ -155,12 +171,28 @@ def _host_pool_class() -> type[Any]:
 def describe_pools(
     tokens_per_block: int, pools: list[tuple[tuple[int, ...], int | None, torch.Tensor]]
 ) -> KvCacheLayout:
-    """The layout of pools given as (layers, window, tensor), each tensor contiguous, of shape
-    `[num_blocks, num_layers, kv_factor, elements]`."""
-    groups = []
-    for group_id, (layers, window, tensor) in enumerate(pools):
-        page_bytes = tensor.stride(0) * tensor.element_size()
-        buffers = tuple(KvCacheBufferRef(layer, role) for layer in layers for role in ("key", "value"))
-        region = KvCacheRegion(tensor.data_ptr(), page_bytes, page_bytes, tensor.shape[0], buffers, tensor)
-        groups.append(KvCacheLayerGroupLayout(group_id, layers, window, (region,)))
-    return KvCacheLayout(tokens_per_block, tuple(groups))
+    """The layout of pools given as `describe_kv` takes them."""
+    return KvCacheLayout(tokens_per_block, tuple(describe_kv(index, *pool) for index, pool in enumerate(pools)))
+
+
+def describe_kv(
+    layer_group_id: int, layers: tuple[int, ...], window: int | None, pool: torch.Tensor
+) -> KvCacheLayerGroupLayout:
+    """Layers of one window and their pool, contiguous, `[num_blocks, num_layers, kv_factor, elements]`."""
+    buffers = tuple(KvCacheBufferRef(layer, role) for layer in layers for role in ("key", "value"))
+    return KvCacheLayerGroupLayout(layer_group_id, layers, window, (_describe(pool, buffers),))
+
+
+def describe_states(layer_group_id: int, states: Mapping[int, Mapping[str, torch.Tensor]]) -> KvCacheLayerGroupLayout:
+    """Recurrent layers, and of each its pools by role, `[num_blocks, ...]` with contiguous pages."""
+    regions = [
+        _describe(pages, (KvCacheBufferRef(layer, role),))
+        for layer, by_role in states.items()
+        for role, pages in by_role.items()
+    ]
+    return KvCacheLayerGroupLayout(layer_group_id, tuple(states), None, tuple(regions))
+
+
+def _describe(pages: torch.Tensor, buffers: tuple[KvCacheBufferRef, ...]) -> KvCacheRegion:
+    stride = pages.stride(0) * pages.element_size()
+    return KvCacheRegion(pages.data_ptr(), pages[0].nbytes, stride, pages.shape[0], buffers, pages)

@@ -2,11 +2,12 @@
 
 A forward pass packs the new tokens of all its sequences into one row. transformers' model code calls `paged_attention`
 once a layer with their queries, keys and values; the keys and values go into the pool, and each sequence attends to
-its own blocks. Knows no request and no policy.
+its own blocks. Recurrent layers come here as well, see `recurrent`. Knows no request and no policy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from kvferry.blocks import GroupKind
 from kvferry.engine.kv_pool import KV_FACTOR, KvPool
+from kvferry.engine.recurrent import StatePass
 from kvferry.engine.sequence import Batch, Slice
 from kvferry.errors import RequestError
 
@@ -41,8 +44,8 @@ class _Prefill:
     last: int
     start: int
     end: int
-    tables: list[torch.Tensor]
-    offsets: list[int]
+    tables: dict[int, torch.Tensor]
+    offsets: dict[int, int]
 
 
 @dataclass(slots=True)
@@ -68,11 +71,17 @@ class PagedBatch:
         self.num_layers_seen = 0
         steps = [piece for piece in batch.slices if piece.is_decode_step]
         assert steps == batch.slices[: len(steps)], "decode steps come first"
+        prefills = batch.slices[len(steps) :]
         self._num_steps = len(steps)
+        kinds = [group.kind for group in pool.groups]
+        self._kv_groups = [index for index, kind in enumerate(kinds) if kind is not GroupKind.STATE]
         self._clear_begun_blocks(batch)
         self._place_tokens(batch)
-        self._prefills = self._place_prefills(batch.slices[len(steps) :])
-        self._steps = [self._place_steps(steps, group) for group in range(len(pool.groups))] if steps else []
+        self._prefills = self._place_prefills(prefills)
+        self._steps = {group: self._place_steps(steps, group) for group in self._kv_groups} if steps else {}
+        self._states = (
+            StatePass(pool, kinds.index(GroupKind.STATE), steps, prefills) if GroupKind.STATE in kinds else None
+        )
 
     def _clear_begun_blocks(self, batch: Batch) -> None:
         """Zero the blocks that this pass begins and leaves partly filled.
@@ -80,36 +89,39 @@ class PagedBatch:
         Steps attend to whole blocks under a mask, and a masked NaN that an earlier owner left is still a NaN.
         """
         size = self._pool.tokens_per_block
-        for group, tensor in enumerate(self._pool.tensors):
+        for group in self._kv_groups:
             begun = [
                 piece.block_ids[group][piece.end // size]
                 for piece in batch.slices
                 if piece.end % size and piece.start <= piece.end - piece.end % size
             ]
             if begun:
-                tensor[begun] = 0
+                self._pool.tensors[group][begun] = 0
 
     def _place_tokens(self, batch: Batch) -> None:
         size = self._pool.tokens_per_block
         at = [(piece, position) for piece in batch.slices for position in range(piece.start, piece.end)]
         self.positions = torch.tensor([position for _, position in at], device=self._device)
         self._token_offsets = self.positions % size
-        self._token_blocks = [
-            torch.tensor([piece.block_ids[group][position // size] for piece, position in at], device=self._device)
-            for group in range(len(self._pool.groups))
-        ]
+        self._token_blocks = {
+            group: torch.tensor(
+                [piece.block_ids[group][position // size] for piece, position in at], device=self._device
+            )
+            for group in self._kv_groups
+        }
 
     def _place_prefills(self, slices: list[Slice]) -> list[_Prefill]:
         size = self._pool.tokens_per_block
         prefills, row = [], self._num_steps
         for piece in slices:
             num_blocks = -(-piece.end // size)
-            firsts = [group.first_needed_block(piece.start, size) for group in self._pool.groups]
-            tables = [
-                torch.tensor(block_ids[first:num_blocks], device=self._device)
-                for block_ids, first in zip(piece.block_ids, firsts, strict=True)
-            ]
-            offsets = [first * size for first in firsts]
+            groups = self._pool.groups
+            firsts = {group: groups[group].first_needed_block(piece.start, size) for group in self._kv_groups}
+            tables = {
+                group: torch.tensor(piece.block_ids[group][first:num_blocks], device=self._device)
+                for group, first in firsts.items()
+            }
+            offsets = {group: first * size for group, first in firsts.items()}
             prefills.append(_Prefill(row, row + len(piece.tokens), piece.start, piece.end, tables, offsets))
             row += len(piece.tokens)
         return prefills
@@ -134,8 +146,7 @@ class PagedBatch:
     ) -> torch.Tensor:
         """Write this layer's keys and values `[1, kv_heads, rows, head_dim]`, attend with `query`
         `[1, heads, rows, head_dim]`; returns `[1, rows, heads, head_dim]`."""
-        if self._hooks is not None:
-            self._hooks.before_layer(layer, self._stream)
+        self._begin(layer)
         group = self._pool.group_of_layer[layer]
         for factor, new in enumerate((key, value)):
             pages = self._pool.pages(layer, factor)
@@ -147,10 +158,26 @@ class PagedBatch:
             rows = slice(piece.first, piece.last)
             fresh = (key[:, :, rows], value[:, :, rows])
             out[:, rows] = self._attend_prefill(layer, piece, query[:, :, rows], fresh, scaling).transpose(1, 2)
+        self._end(layer)
+        return out
+
+    def recur(self, layer: int, hidden: torch.Tensor, run: Callable[[torch.Tensor, Any], torch.Tensor]) -> torch.Tensor:
+        """Compute a recurrent layer, `run(hidden, cache)` for `hidden` `[1, rows, size]`, from the states before the
+        pass to those after it."""
+        assert self._states is not None
+        self._begin(layer)
+        out = self._states.compute(layer, hidden, run)
+        self._end(layer)
+        return out
+
+    def _begin(self, layer: int) -> None:
+        if self._hooks is not None:
+            self._hooks.before_layer(layer, self._stream)
+
+    def _end(self, layer: int) -> None:
         self.num_layers_seen += 1
         if self._hooks is not None:
             self._hooks.after_layer(layer, self._stream)
-        return out
 
     def window_of(self, layer: int) -> int | None:
         """The layer's sliding window in tokens, as the pool's groups have it."""

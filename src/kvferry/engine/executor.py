@@ -68,10 +68,11 @@ class Executor:
             logits_to_keep=torch.tensor(last_rows, dtype=torch.long, device=self._device),
             kvferry_batch=paged,
         )
-        if paged.num_layers_seen != self._pool.shape.num_layers:
+        num_layers = len(self._pool.group_of_layer)
+        if paged.num_layers_seen != num_layers:
             raise RequestError(
-                f"{type(self._model).__name__} sent {paged.num_layers_seen} of {self._pool.shape.num_layers} layers "
-                "through transformers' attention interface; the embedded engine needs all of them"
+                f"{type(self._model).__name__} sent {paged.num_layers_seen} of {num_layers} layers through "
+                "transformers' attention interface; the embedded engine needs all of them"
             )
         logits: torch.Tensor = output.logits[0]
         return logits

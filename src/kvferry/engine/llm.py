@@ -19,7 +19,7 @@ from kvferry.connector.presets import resolve
 from kvferry.engine.core import EngineCore
 from kvferry.engine.executor import Executor
 from kvferry.engine.follower import PoolPlan
-from kvferry.engine.groups import GroupedBlocks, check_windows, group_layers
+from kvferry.engine.groups import GroupedBlocks, Snapshots, check_windows, group_layers
 from kvferry.engine.handle import GenerationHandle
 from kvferry.engine.kv_pool import KvPool, KvShape, free_bytes, most_pool_bytes
 from kvferry.engine.lora import adapter_digest
@@ -112,7 +112,10 @@ class LLM:
         args = self._llm_args(connector_config) if connector_config is not None else None
         if ranks is not None:
             ranks.make_pools(PoolPlan(num_blocks, self._kv_cache_config.tokens_per_block, args))
-        groups = group_layers(self._loaded.windows)
+        interval = self._kv_cache_config.state_interval_tokens
+        num_states = num_blocks * self._kv_cache_config.tokens_per_block // interval + self._num_moving_states
+        snapshots = Snapshots(interval, num_states)
+        groups = group_layers(self._loaded.windows, self._loaded.state_layers, snapshots)
         self._pool = KvPool(shape, groups, num_blocks, self._kv_cache_config.tokens_per_block, device)
         self._executor = Executor(self._loaded.model, self._pool)
         with ranks.explained() if ranks is not None else contextlib.nullcontext():
@@ -133,6 +136,11 @@ class LLM:
     def _find_num_blocks(self, shape: KvShape, device: torch.device) -> int:
         """As configured, within what the rank with the least memory can hold. EngineDeadError: a rank did not load."""
         config = self._kv_cache_config
+        if shape.states and config.state_interval_tokens % config.tokens_per_block:
+            raise RequestError(
+                f"state_interval_tokens={config.state_interval_tokens} is not a multiple of "
+                f"tokens_per_block={config.tokens_per_block}"
+            )
         started = self._ranks.await_started() if self._ranks is not None else []
         if any(other.identity != self._loaded.identity for other in started):
             raise RequestError(f"the files of {self._plan.model} changed while ranks loaded them")
@@ -140,11 +148,19 @@ class LLM:
         if config.max_tokens is None or config.free_gpu_memory_fraction is not None:
             free = min([free_bytes(device), *(other.free_bytes for other in started)])
             most_bytes = most_pool_bytes(free, config.free_gpu_memory_fraction, device, self._plan.num_ranks)
-            max_tokens = min(max_tokens, most_bytes // shape.block_bytes(1))
+            token_bytes = shape.block_bytes(1) + -(-shape.state_bytes // config.state_interval_tokens)
+            beside = shape.state_bytes * self._num_moving_states
+            max_tokens = min(max_tokens, max(0, most_bytes - beside) // token_bytes)
         num_blocks = max_tokens // config.tokens_per_block
         if num_blocks < 1:
             raise RequestError(f"a pool of {max_tokens} tokens holds no block of {config.tokens_per_block} tokens")
         return num_blocks
+
+    @property
+    def _num_moving_states(self) -> int:
+        """States that requests hold beside those kept at each interval: where each began, where its load ends, and the
+        one that it computes."""
+        return 3 * self._limits.max_batch_size
 
     def _llm_args(self, connector_config: KvCacheConnectorConfig) -> LlmArgs:
         return LlmArgs(

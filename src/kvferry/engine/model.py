@@ -16,7 +16,9 @@ import xxhash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvferry.engine.attention import ATTENTION_NAME
+from kvferry.engine.kv_pool import StateShape
 from kvferry.engine.partition import RankGroup, partition
+from kvferry.engine.recurrent import LAYER_KINDS, page_states
 from kvferry.errors import RequestError
 
 logger = logging.getLogger("kvferry.engine")
@@ -49,7 +51,7 @@ class LoadedModel:
     """A model ready to run, and the facts of it that the engine needs.
 
     source: the files it was loaded from. identity: digest of config and all weights. tokenizer: None where there is
-    none. windows: each layer's sliding window in tokens, or None.
+    none. windows: each layer's sliding window in tokens, or None. states: of its recurrent layers, by layer.
     """
 
     model: Any
@@ -63,6 +65,12 @@ class LoadedModel:
     vocab_size: int
     stop_token_ids: frozenset[int]
     windows: tuple[int | None, ...]
+    states: tuple[StateShape, ...]
+
+    @property
+    def state_layers(self) -> frozenset[int]:
+        """The layers that have a state in place of KV."""
+        return frozenset(state.layer for state in self.states)
 
 
 def find_model(name: str) -> ModelSource:
@@ -131,13 +139,18 @@ def _prepare(model: Any, source: ModelSource, device: torch.device, group: RankG
         raise RequestError(f"{type(model).__name__} does not use transformers' attention interface")
     config = model.config.get_text_config()
     kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
-    if unknown := set(kinds) - _ATTENTION_KINDS:
+    if unknown := set(kinds) - _ATTENTION_KINDS - LAYER_KINDS:
         raise RequestError(f"{type(model).__name__} has layers of kinds the engine lacks: {', '.join(sorted(unknown))}")
     identity = weights_digest(model)
     if group is not None:
+        if LAYER_KINDS.intersection(kinds):
+            raise RequestError(
+                f"{type(model).__name__} has recurrent layers: it runs with tensor_parallel_size=1 alone"
+            )
         partition(model, group)
-    model.set_attn_implementation(ATTENTION_NAME)
     model = model.to(device).eval()
+    states = page_states(model, kinds)
+    model.set_attn_implementation(ATTENTION_NAME)
     return LoadedModel(
         model=model,
         source=source,
@@ -150,6 +163,7 @@ def _prepare(model: Any, source: ModelSource, device: torch.device, group: RankG
         vocab_size=config.vocab_size,
         stop_token_ids=_stop_token_ids(model),
         windows=_windows(config, kinds),
+        states=states,
     )
 
 

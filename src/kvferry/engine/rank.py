@@ -58,9 +58,10 @@ def plan_first_rank(model: str, dtype: str, device: torch.device, num_ranks: int
 
 
 def part_of_kv(loaded: LoadedModel, num_ranks: int) -> KvShape:
-    """One rank's KV: all layers, its share of the heads."""
+    """One rank's KV: all layers, its share of the heads; and their states."""
     dtype = next(loaded.model.parameters()).dtype
-    return KvShape(loaded.num_layers, loaded.num_kv_heads // num_ranks, loaded.head_dim, dtype)
+    num_kv_layers = loaded.num_layers - len(loaded.state_layers)
+    return KvShape(num_kv_layers, loaded.num_kv_heads // num_ranks, loaded.head_dim, dtype, loaded.states)
 
 
 def make_worker(args: LlmArgs, pool: KvPool) -> KvCacheConnectorWorker:

@@ -147,12 +147,12 @@ class Scheduler:
 
     def _plan_slice(self, plan: Plan, sequence: Sequence, budget: int) -> int:
         """Give a sequence its share of the pass; returns the tokens it takes, 0 if it must wait."""
-        num_tokens = sequence.num_uncomputed
+        start = sequence.num_computed
+        num_tokens = min(sequence.num_uncomputed, self._blocks.tokens_to_snapshot(start) or sequence.num_uncomputed)
         if num_tokens > budget:
             num_tokens = budget if self._limits.enable_chunked_prefill else 0
         if num_tokens == 0:
             return 0
-        start = sequence.num_computed
         end = start + num_tokens
         self._blocks.grow(sequence.block_ids, end)
         plan.batch.slices.append(
@@ -258,10 +258,13 @@ class Scheduler:
         manager = self._manager if sequence.uses_connector else None
         if manager is not None:
             decision = manager.match(sequence, sequence.num_pool_tokens)
-        sequence.block_ids = self._blocks.allocate_prompt(matched, sequence.num_prompt_tokens)
-        sequence.num_committed_blocks = matched.num_blocks
         # The last prompt token is always computed: its logits give the first new token.
-        num_loaded = min(decision.num_tokens, sequence.num_prompt_tokens - 1 - sequence.num_pool_tokens)
+        most = sequence.num_prompt_tokens - 1 - sequence.num_pool_tokens
+        if decision.num_tokens > most and self._blocks.has_states:
+            decision = LoadDecision()  # a state cannot be taken back by one token
+        num_loaded = min(decision.num_tokens, most)
+        sequence.block_ids = self._blocks.allocate_prompt(matched, sequence.num_prompt_tokens, num_loaded)
+        sequence.num_committed_blocks = matched.num_blocks
         sequence.num_connector_matched_tokens = num_loaded
         sequence.num_computed = sequence.num_pool_tokens + num_loaded
         if manager is None:
@@ -295,7 +298,7 @@ class Scheduler:
             # A load brings only what a window covers at its end: the blocks behind it hold nothing to be shared.
             self._blocks.release_behind(sequence.block_ids, piece.start)
             sequence.num_computed = piece.end
-            self._commit_blocks(sequence)
+            self._commit_blocks(sequence, range(piece.start, piece.end))
             if piece.draws:
                 sequence.tokens.append(drawn[piece.request_id])
                 progressed.append(sequence)
@@ -315,14 +318,14 @@ class Scheduler:
             logger.error("request %d: its load was reported as failed after it generated", sequence.request_id)
         self._forget_load(sequence)
 
-    def _commit_blocks(self, sequence: Sequence) -> None:
+    def _commit_blocks(self, sequence: Sequence, computed: range) -> None:
         """Blocks that the pass filled may be shared from now on; those behind every window are given back."""
         size = self._blocks.tokens_per_block
         num_full = sequence.num_computed // size
         self._extend_hashes(sequence)
         for index in range(sequence.num_committed_blocks, num_full):
             content = token_bytes(sequence.tokens[index * size : (index + 1) * size])
-            self._blocks.commit(sequence.block_ids, index, sequence.block_hashes[index], content)
+            self._blocks.commit(sequence.block_ids, index, sequence.block_hashes[index], content, computed)
         sequence.num_committed_blocks = max(num_full, sequence.num_committed_blocks)
         self._blocks.release_behind(sequence.block_ids, sequence.num_computed)
 

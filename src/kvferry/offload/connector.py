@@ -11,6 +11,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvferry.blocks import GroupKind
 from kvferry.config import StoreOptions, load_options
 from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker, Request, SchedulerOutput
 from kvferry.connector.config import LlmArgs
@@ -130,23 +131,25 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
         """A pool in which all layers share block ids and keep every token. Errors as `register_kv_cache_layout`."""
         layers = tuple(range(self._llm_args.num_layers))
-        self._register([(layers, None, read_pool(self._llm_args, kv_cache_tensor, layers))])
+        self._register([(GroupKind.FULL, layers, None, read_pool(self._llm_args, kv_cache_tensor, layers))])
 
     def register_kv_cache_layout(self, layout: KvCacheLayout) -> None:
         """ConfigError: the arena is too small for one chunk."""
+        chunk_tokens = self._options.chunk_tokens
+        read = [read_group(self._llm_args, group, at, chunk_tokens) for at, group in enumerate(layout.groups)]
         self._register(
             [
-                (group.layer_ids, group.window_size, read_group(self._llm_args, group, position))
-                for position, group in enumerate(layout.groups)
+                (group.kind, group.layer_ids, group.window_size, of)
+                for group, of in zip(layout.groups, read, strict=True)
             ]
         )
 
-    def _register(self, pools: Sequence[tuple[tuple[int, ...], int | None, Layout | UnknownLayout]]) -> None:
+    def _register(self, pools: Sequence[tuple[GroupKind, tuple[int, ...], int | None, Layout | UnknownLayout]]) -> None:
         if self._store is None:
             return
         name = identity(self._llm_args)
-        unknown = [layout.reason for _, _, layout in pools if isinstance(layout, UnknownLayout)]
-        layers = sorted(layer for of_group, _, _ in pools for layer in of_group)
+        unknown = [layout.reason for *_, layout in pools if isinstance(layout, UnknownLayout)]
+        layers = sorted(layer for _, of_group, _, _ in pools for layer in of_group)
         if layers != list(range(self._llm_args.num_layers)):
             unknown.append(f"layers {layers} are registered of {self._llm_args.num_layers}")
         if name is None:
@@ -155,11 +158,11 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         if unknown:
             logger.warning("KV is not kept beyond the engine's pool: its layout is unknown: %s", unknown[0])
             return
-        layouts = [layout for _, _, layout in pools if isinstance(layout, Layout)]
+        layouts = [layout for *_, layout in pools if isinstance(layout, Layout)]
         chunk_tokens = self._options.chunk_tokens
         groups = [
-            PoolGroup(layers, window_tokens, layout.part_bytes(chunk_tokens), layout.fingerprint())
-            for (layers, window_tokens, _), layout in zip(pools, layouts, strict=True)
+            PoolGroup(kind, layers, window_tokens, layout.part_bytes(chunk_tokens), layout.fingerprint())
+            for (kind, layers, window_tokens, _), layout in zip(pools, layouts, strict=True)
         ]
         try:
             geometry = make_geometry(self._llm_args, name, chunk_tokens, groups)
@@ -168,7 +171,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
             self.shutdown()
             raise
         self._layouts = layouts
-        self._passing_groups = frozenset(index for index, group in enumerate(groups) if group.window_tokens is not None)
+        self._passing_groups = frozenset(index for index, of in enumerate(groups) if of.kind is not GroupKind.FULL)
         self._follow_arena()
 
     def _follow_arena(self) -> None:

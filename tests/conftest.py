@@ -16,6 +16,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("kvferry", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvferry")
 
+collect_ignore = ["vllm"]
+"""What runs in an environment of its own: `make test-vllm`."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"

@@ -291,11 +291,20 @@ def test_what_must_not_need_torch_does_not_load_it(module: str) -> None:
     assert not set(in_python(f"import {module}" + LOADED).split()) & {"torch", "transformers"}
 
 
+HOSTS = {"vllm"}
+"""Engines that an adapter of ours needs, and that need not be installed here."""
+
+
 def test_every_module_imports() -> None:
     for path in SOURCES:
         parts = path.relative_to(ROOT / "src").with_suffix("").parts
-        if parts[-1] != "__main__":
+        if parts[-1] == "__main__":
+            continue
+        try:
             import_module(".".join(parts).removesuffix(".__init__"))
+        except ModuleNotFoundError as missing:
+            if missing.name not in HOSTS or "integrations" not in parts:
+                raise
 
 
 @pytest.mark.parametrize("path", TEXT_FILES, ids=name_of)

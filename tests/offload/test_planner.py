@@ -120,6 +120,46 @@ def test_a_prefill_saves_its_full_chunks_from_their_blocks(hand: Hand) -> None:
     assert hand.planner.match(FakeRequest(2, prompt(40)), 0).num_tokens == 32
 
 
+def test_a_request_that_waits_for_room_keeps_its_offer(hand: Hand) -> None:
+    hand.keep(prompt(40))
+    request = FakeRequest(1, prompt(40))
+    offer = hand.planner.match(request, 0)
+    matched = hand.store.stats()["matched_chunks_memory"]
+    assert hand.planner.match(request, 0) == offer == Offer(32)
+    assert hand.store.stats()["matched_chunks_memory"] == matched
+    assert hand.planner.match(request, 16) == Offer(16)
+    assert hand.planner.match(request, 16, may_load=False) == Offer()
+    assert hand.num_leases() == 0
+
+
+def test_a_preempted_request_is_matched_with_what_it_has_generated(hand: Hand) -> None:
+    request = FakeRequest(1, prompt(24))
+    hand.admit(request)
+    hand.finish_jobs(hand.first_pass(request, 24))
+    for position in range(24, 33):
+        hand.finish_jobs(hand.later_pass(request, position, new_tokens=(9,)))
+    assert hand.admit(request) == 32
+    metadata = hand.first_pass(request, 1)
+    assert [order.request_id for order in metadata.loads] == [1]
+    hand.finish_jobs(metadata)
+
+
+def test_an_engine_whose_weights_changed_has_nothing_in_common_with_anybody(hand: Hand) -> None:
+    hand.keep(prompt(40))
+    request = FakeRequest(1, prompt(40))
+    hand.admit(request)
+    hand.finish_jobs(hand.first_pass(request, 8))
+    hand.planner.disown()
+    assert not hand.later_pass(request, 8, 32).stores, "computed by the old weights"
+    assert hand.planner.finished(1) is False
+    assert hand.planner.match(FakeRequest(2, prompt(40)), 0) == Offer()
+    hand.keep(prompt(40))
+    assert hand.planner.match(FakeRequest(2, prompt(40)), 0) == Offer(32)
+    other = Planner(hand.store, GEOMETRY, BLOCK, OPTIONS)
+    assert other.match(FakeRequest(3, prompt(33, seed=1)), 0) == Offer()
+    other.close()
+
+
 def test_a_chunked_prefill_saves_each_chunk_in_the_pass_that_completes_it(hand: Hand) -> None:
     request = FakeRequest(1, prompt(40))
     hand.admit(request)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvferry.blocks import GroupKind, GroupSpec
 from kvferry.errors import RequestError
-from kvferry.store.keys import KEY_BYTES, Extras, KeyChain, chunk_keys, part_name, root_key
+from kvferry.store.keys import KEY_BYTES, Content, Extras, KeyChain, chunk_keys, part_name, root_key
 from kvferry.testing.block_store import full_geometry
 
 ROOT = root_key(full_geometry())
@@ -59,6 +59,23 @@ def test_extras_keep_requests_apart() -> None:
         Extras(cache_salt="\udcff"),
     ]
     assert len({chunk_keys(ROOT, [1, 2, 3, 4], 4, extras)[0] for extras in variants}) == len(variants)
+
+
+def test_contents_are_part_of_the_chunks_that_they_reach_into() -> None:
+    """Placeholders are the same tokens whatever stands there; and each part of an image is a part of its own."""
+    tokens = [5] * 16
+    plain = chunk_keys(ROOT, tokens, 4)
+    dog, cat, later, longer = (
+        chunk_keys(ROOT, tokens, 4, Extras(contents=(content,)))
+        for content in (Content("dog", 6, 10), Content("cat", 6, 10), Content("dog", 7, 11), Content("dog", 6, 13))
+    )
+    assert dog[0] == cat[0] == later[0] == plain[0]
+    for index in (1, 2, 3):
+        assert len({keys[index] for keys in (plain, dog, cat, later, longer)}) == 5
+    chain = KeyChain(ROOT, 4, Extras(contents=(Content("dog", 6, 10),)))
+    for start in range(0, 16, 3):
+        chain.extend(tokens[start : start + 3])
+    assert chain.keys == dog
 
 
 def test_all_of_the_geometry_is_in_the_root() -> None:

@@ -3,6 +3,7 @@
 submit   queued; the thread runs it when its turn comes
 wait_for kept aside until `is_ready` says yes or no, or its deadline comes, then run or given up
 cancel   one that is still kept aside is given up
+flush    wait until some have ended
 take_ended   what has ended since the last call, and how
 """
 
@@ -13,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 _SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.01
@@ -57,14 +58,18 @@ class Background:
         self._clock = clock
         self._runnable: deque[tuple[Task, bool]] = deque()
         self._waiting: dict[int, _Waiting] = {}
+        self._open: set[int] = set()
         self._ended: dict[int, bool] = {}
-        self._work = threading.Condition()
+        lock = threading.Lock()
+        self._work = threading.Condition(lock)
+        self._end = threading.Condition(lock)
         self._closed = False
         self._thread: threading.Thread | None = None
 
     def submit(self, task: Task, *, wanted: bool = True) -> None:
         """Run a task when its turn comes, or give it up then."""
         with self._work:
+            self._open.add(task.job_id)
             self._runnable.append((task, wanted))
             self._wake()
 
@@ -72,6 +77,7 @@ class Background:
         """Run a task once it is ready; give it up if it never will be or is not within `timeout_seconds`."""
         with self._work:
             now = self._clock()
+            self._open.add(task.job_id)
             self._waiting[task.job_id] = _Waiting(task, readiness, now, now + timeout_seconds)
             self._wake()
 
@@ -82,6 +88,11 @@ class Background:
             if waiting is not None:
                 self._runnable.append((waiting.task, False))
                 self._wake()
+
+    def flush(self, job_ids: Collection[int]) -> None:
+        """Return when these tasks have ended. Those that are unknown have."""
+        with self._end:
+            self._end.wait_for(lambda: self._open.isdisjoint(job_ids))
 
     def take_ended(self) -> dict[int, bool]:
         """Job ids that ended since the last call, and whether well."""
@@ -122,8 +133,10 @@ class Background:
             except Exception:  # the thread boundary
                 logger.exception("a job beside the passes broke off")
                 ok = False
-            with self._work:
+            with self._end:
                 self._ended[task.job_id] = ok
+                self._open.discard(task.job_id)
+                self._end.notify_all()
 
     def _poll_seconds(self) -> float | None:
         """How long to sleep; None: nothing waits."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -118,6 +118,10 @@ class Mover:
     def cancel(self, job_id: int) -> None:
         """A load beside the passes is not needed: it ends at once, unless its copies have begun."""
         self._background.cancel(job_id)
+
+    def flush(self, job_ids: Collection[int]) -> None:
+        """Return when these jobs beside the passes have ended: their blocks are about to be given to others."""
+        self._background.flush(job_ids)
 
     def take_ended(self) -> dict[int, bool]:
         """Ids of jobs beside the passes that ended since the last call, and whether every byte was copied."""

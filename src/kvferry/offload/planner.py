@@ -16,9 +16,11 @@ Every request that has a lease here is in `_matched` or `_running`, and the leas
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from kvferry.blocks import Geometry, GroupKind, Job, Part, Tier
 from kvferry.config import StoreOptions
@@ -26,7 +28,7 @@ from kvferry.connector.api import NO_BLOCK, Request, RequestData, SchedulerOutpu
 from kvferry.observability.metrics import Meter
 from kvferry.offload.metadata import CopyJob, PartCopy, PassMetadata, RequestJob
 from kvferry.store.base import BlockStore
-from kvferry.store.keys import Extras, KeyChain, root_key
+from kvferry.store.keys import KEY_BYTES, Extras, KeyChain, root_key
 
 _MOST_TRIES = 4
 """A match is repeated when what it found was gone or damaged on lower tiers; each try finds less."""
@@ -34,31 +36,42 @@ _MOST_TRIES = 4
 _MOST_UNALLOCATED = 1024
 """Requests that were matched and never heard of again are forgotten, the oldest first, beyond this many."""
 
+_OFFER_SECONDS = 5.0
+"""How long a request that is asked about in each step, as there is no room for it, keeps its offer."""
+
 BlockIds = Sequence[Sequence[int]]
 """A request's blocks in the order of its tokens, one list a layer group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What can be loaded after the tokens that the pool has. is_async: the request is to wait outside the batch."""
+    """What can be loaded after the tokens that the pool has. is_async: the request is to wait outside the batch.
+    is_ready: it is all in memory."""
 
     num_tokens: int = 0
     is_async: bool = False
+    is_ready: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """A leased load of tokens `start` to `end`. tiers[i]: where chunk i was found."""
+    """A leased load of tokens `start` to `end`. tiers[i]: where chunk i was found. offered_until: when it is to be
+    looked for again, long before its lease ends."""
 
     job: Job
     start: int
     end: int
     tiers: tuple[Tier, ...]
     is_async: bool
+    offered_until: float
 
     @property
     def num_tokens(self) -> int:
         return self.end - self.start
+
+    @property
+    def offer(self) -> Offer:
+        return Offer(self.num_tokens, self.is_async, self.job.ready)
 
 
 @dataclass(slots=True)
@@ -78,6 +91,11 @@ class _Tracked:
     saves: bool = False
 
 
+def salt_and_adapter(request: Request) -> Extras:
+    """What the connector API says of a request besides its tokens."""
+    return Extras(cache_salt=request.cache_salt, lora_id=request.lora_id)
+
+
 class Planner:
     """Plans for one engine. From `options` it takes what they say of loads."""
 
@@ -87,6 +105,8 @@ class Planner:
         geometry: Geometry,
         tokens_per_block: int,
         options: StoreOptions,
+        *,
+        extras_of: Callable[[Request], Extras] = salt_and_adapter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert geometry.chunk_tokens % tokens_per_block == 0
@@ -100,6 +120,7 @@ class Planner:
         self._has_windows = GroupKind.WINDOW in kinds
         self._state_groups = [index for index, kind in enumerate(kinds) if kind is GroupKind.STATE]
         self._options = options
+        self._extras_of = extras_of
         self._clock = clock
         self._matched: dict[int, _Tracked] = {}
         self._running: dict[int, _Tracked] = {}
@@ -108,18 +129,25 @@ class Planner:
         self._lost_loads: list[int] = []
         self._cancelled: list[int] = []
 
-    def match(self, request: Request, num_computed_tokens: int) -> Offer:
-        """What of this request after the first `num_computed_tokens` is leased for it."""
+    def match(self, request: Request, num_computed_tokens: int, *, may_load: bool = True) -> Offer:
+        """What of this request after the first `num_computed_tokens` is leased for it: nothing, unless `may_load`."""
+        known = self._matched.get(request.request_id) or self._running.get(request.request_id)
+        if known is not None and may_load and self._still_leases(known, request, num_computed_tokens):
+            assert known.load is not None
+            return known.load.offer
         self._forget(request.request_id)
         while len(self._matched) >= _MOST_UNALLOCATED:
             self._forget(next(iter(self._matched)))
-        extras = Extras(cache_salt=request.cache_salt, lora_id=request.lora_id)
-        chain = KeyChain(self._root, self._geometry.chunk_tokens, extras)
-        chain.extend(request.get_tokens(0))
+        tokens = request.get_tokens(0)
+        if known is not None and known.request is request and self._still_names(known.chain, len(tokens)):
+            chain = known.chain  # It still waits for room, or was preempted: its tokens are hashed once.
+        else:
+            chain = KeyChain(self._root, self._geometry.chunk_tokens, self._extras_of(request))
+        chain.extend(tokens[chain.num_tokens :])
         tracked = self._matched[request.request_id] = _Tracked(request, chain)
-        if num_computed_tokens % self._tokens_per_block == 0:  # the API has no name for part of a block
+        if may_load and num_computed_tokens % self._tokens_per_block == 0:  # the API has no name for part of a block
             tracked.load = self._lease(chain, num_computed_tokens, request.cache_salt)
-        return Offer(tracked.load.num_tokens, tracked.load.is_async) if tracked.load else Offer()
+        return tracked.load.offer if tracked.load else Offer()
 
     def allocated(self, request: Request, block_ids: BlockIds) -> None:
         """The engine took the match (or a match of nothing), and these are the prompt's blocks."""
@@ -179,10 +207,29 @@ class Planner:
             self._lost_loads.remove(request_id)
         return tracked is not None and tracked.saves
 
+    def disown(self) -> None:
+        """What was kept until now is not this engine's any more, and what it keeps from now on is nobody else's: its
+        weights are no longer those that the geometry names. Requests under way are not kept."""
+        self._root = sha256(self._root + os.urandom(KEY_BYTES)).digest()
+
     def close(self) -> None:
         """Give back every lease."""
         for request_id in [*self._matched, *self._running]:
             self._forget(request_id)
+
+    def _still_leases(self, known: _Tracked, request: Request, num_computed_tokens: int) -> bool:
+        """Whether a request that waits for room can have the offer that it had a moment ago."""
+        load = known.load
+        return (
+            known.request is request
+            and load is not None
+            and load.start == num_computed_tokens
+            and self._clock() < load.offered_until
+            and request.request_id in self._matched
+        )
+
+    def _still_names(self, chain: KeyChain, num_tokens: int) -> bool:
+        return chain.root == self._root and chain.num_tokens <= num_tokens
 
     def _forget(self, request_id: int) -> None:
         for requests in (self._matched, self._running):
@@ -220,7 +267,7 @@ class Planner:
             if job is not None:
                 is_async = self._leaves_batch(job)
                 if job.ready or is_async or self._is_ready_by(job.job_id, deadline):
-                    return _Load(job, start, end, match.tiers, is_async)
+                    return _Load(job, start, end, match.tiers, is_async, self._clock() + _OFFER_SECONDS)
         return None
 
     def _leaves_batch(self, job: Job) -> bool:
@@ -324,6 +371,8 @@ class Planner:
         end = computed + data.num_scheduled_tokens
         num_chunks = end // chunk_tokens
         if data.request_id in metadata.lost_loads or num_chunks <= tracked.num_chunks:
+            return
+        if tracked.chain.root != self._root:
             return
         if self._state_groups and not self._ends_in_states(tracked.block_ids, end):
             return

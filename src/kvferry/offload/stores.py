@@ -78,12 +78,8 @@ class _EmbeddedRank:
 
 def open_for_scheduler(llm_args: LlmArgs, options: StoreOptions) -> tuple[BlockStore | None, Callable[[], None]]:
     """The store for the scheduler half, or None if it cannot be made, which was logged; and what to call in the end."""
-    url = _server_url(llm_args, options)
-    if url is None:
-        store = EMBEDDED.acquire(llm_args.engine_id, options, _ranks_url(llm_args))
-        return store, partial(EMBEDDED.release, llm_args.engine_id)
-    client = StoreClient(url, options, name=llm_args.model)
-    return client, client.close
+    url, ranks_url = _server_url(llm_args, options), _ranks_url(llm_args)
+    return open_store(llm_args.engine_id, llm_args.model, options, url, ranks_url)
 
 
 def open_for_rank(llm_args: LlmArgs, options: StoreOptions) -> tuple[RankStore | None, Callable[[], None]]:
@@ -93,11 +89,29 @@ def open_for_rank(llm_args: LlmArgs, options: StoreOptions) -> tuple[RankStore |
     if url is None and ranks_url is not None and llm_args.rank > 0:
         url = ranks_url
         options = dataclasses.replace(options, connect_deadline_seconds=_RANKS_CONNECT_SECONDS)
-    if url is not None:
-        client = StoreClient(url, options, name=llm_args.model, maps_arena=True)
+    return open_rank_store(llm_args.engine_id, llm_args.model, options, url, ranks_url)
+
+
+def open_store(
+    engine_id: str, name: str, options: StoreOptions, server_url: str | None, ranks_url: str | None
+) -> tuple[BlockStore | None, Callable[[], None]]:
+    """For a scheduler half: the cache server's store at `server_url`, or else the engine's own, which is served to
+    ranks in other processes at `ranks_url`. name: what a server calls the engine."""
+    if server_url is not None:
+        client = StoreClient(server_url, options, name=name)
         return client, client.close
-    store = EMBEDDED.acquire(llm_args.engine_id, options, ranks_url)
-    return _EmbeddedRank(store) if store is not None else None, partial(EMBEDDED.release, llm_args.engine_id)
+    return EMBEDDED.acquire(engine_id, options, ranks_url), partial(EMBEDDED.release, engine_id)
+
+
+def open_rank_store(
+    engine_id: str, name: str, options: StoreOptions, url: str | None, ranks_url: str | None = None
+) -> tuple[RankStore | None, Callable[[], None]]:
+    """For a worker half: the store that is served at `url`, or else the engine's own in this process."""
+    if url is not None:
+        client = StoreClient(url, options, name=name, maps_arena=True)
+        return client, client.close
+    store = EMBEDDED.acquire(engine_id, options, ranks_url)
+    return _EmbeddedRank(store) if store is not None else None, partial(EMBEDDED.release, engine_id)
 
 
 def _server_url(llm_args: LlmArgs, options: StoreOptions) -> str | None:

@@ -28,18 +28,35 @@ assert array("I").itemsize == _TOKEN_BYTES
 
 
 @dataclass(frozen=True, slots=True)
+class Content:
+    """What stands at tokens `start` to `end` of a prompt, named by its content."""
+
+    name: str
+    start: int
+    end: int
+
+    def encode(self, chunk_start: int) -> bytes:
+        """Which part of it a chunk has follows from where it lies in the chunk."""
+        return struct.pack("<qq", self.start - chunk_start, self.end - chunk_start) + _optional(self.name)
+
+
+@dataclass(frozen=True, slots=True)
 class Extras:
     """What changes a request's KV besides its tokens. Every field is part of every key of the request.
 
-    cache_salt: keeps tenants apart. lora_id: content id of the LoRA adapter.
+    cache_salt: keeps tenants apart. lora_id: content id of the LoRA adapter. contents: what stands at some of the
+    tokens' positions in place of the tokens, such as images; it is part of the keys of the chunks that it reaches into.
     """
 
     cache_salt: str | None = None
     lora_id: str | None = None
+    contents: tuple[Content, ...] = ()
 
-    def encode(self) -> bytes:
-        """Bytes that no other `Extras` has: None and the empty string differ."""
-        return _field(_optional(self.cache_salt)) + _field(_optional(self.lora_id))
+    def encode(self, start: int = 0, end: int = 0) -> bytes:
+        """Bytes that no other `Extras` has for tokens `start` to `end`: None and the empty string differ."""
+        fields = [_optional(self.cache_salt), _optional(self.lora_id)]
+        fields += [content.encode(start) for content in self.contents if content.start < end and start < content.end]
+        return b"".join(map(_field, fields))
 
 
 NO_EXTRAS = Extras()
@@ -62,7 +79,7 @@ def chunk_keys(parent: bytes, tokens: Sequence[int], chunk_tokens: int, extras: 
 
     RequestError: a token id is not a whole number in [0, 2**32).
     """
-    return _hash_chunks(parent, _encode(tokens), chunk_tokens, _field(extras.encode()))
+    return _hash_chunks(parent, _encode(tokens), chunk_tokens, extras, 0)
 
 
 def part_name(key: bytes, group: int, rank: int) -> PartName:
@@ -87,10 +104,11 @@ class KeyChain:
     """
 
     def __init__(self, root: bytes, chunk_tokens: int, extras: Extras = NO_EXTRAS) -> None:
+        self.root = root
         self.keys: list[bytes] = []
         self._parent = root
         self._chunk_tokens = chunk_tokens
-        self._extras = _field(extras.encode())
+        self._extras = extras
         self._open = b""
 
     @property
@@ -100,19 +118,24 @@ class KeyChain:
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens. RequestError, and nothing appended: a token id is not a whole number in [0, 2**32)."""
         self._open += _encode(tokens)
-        keys = _hash_chunks(self._parent, self._open, self._chunk_tokens, self._extras)
+        keys = _hash_chunks(self._parent, self._open, self._chunk_tokens, self._extras, len(self.keys))
         if keys:
             self.keys += keys
             self._parent = keys[-1]
             self._open = self._open[len(keys) * self._chunk_tokens * _TOKEN_BYTES :]
 
 
-def _hash_chunks(parent: bytes, tokens: bytes, chunk_tokens: int, extras: bytes) -> list[bytes]:
+def _hash_chunks(parent: bytes, tokens: bytes, chunk_tokens: int, extras: Extras, first_chunk: int) -> list[bytes]:
+    """Keys of the full chunks of `tokens`, the first of which is the request's chunk `first_chunk`."""
     chunk_bytes = chunk_tokens * _TOKEN_BYTES
     token_prefix = struct.pack("<Q", chunk_bytes)
+    of_all = _field(extras.encode())
     keys = []
-    for end in range(chunk_bytes, len(tokens) + 1, chunk_bytes):
-        parent = sha256(b"".join((parent, token_prefix, tokens[end - chunk_bytes : end], extras))).digest()
+    for chunk in range(len(tokens) // chunk_bytes):
+        of_chunk = tokens[chunk * chunk_bytes : (chunk + 1) * chunk_bytes]
+        start = (first_chunk + chunk) * chunk_tokens
+        also = _field(extras.encode(start, start + chunk_tokens)) if extras.contents else of_all
+        parent = sha256(b"".join((parent, token_prefix, of_chunk, also))).digest()
         keys.append(parent)
     return keys
 

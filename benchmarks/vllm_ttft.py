@@ -1,0 +1,120 @@
+"""What a KV connector does to a real vLLM: time to first token cold, from vLLM's pool and from outside it, and a batch.
+
+    python benchmarks/vllm_ttft.py MODE [MODEL] [--lengths 2048,8192,32768] [--rounds 3] [--json FILE]
+
+MODE: none, native (vLLM's OffloadingConnector; CUDA), example (vLLM's ExampleConnector), kvferry, or JSON of a
+KVTransferConfig. MODEL: a folder; without one, random weights in the shape of Llama 3 8B, for a GPU. The pool has room
+for one long prompt: another one pushes it out, and what is hit then came from outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MODES: dict[str, Any] = {
+    "none": None,
+    "native": {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"cpu_bytes_to_use": 40 << 30}},
+    "example": {"kv_connector": "ExampleConnector"},
+    "kvferry": {"kv_connector": "KVFerryConnector", "kv_connector_extra_config": {"l1_size_gb": 40.0}},
+}
+LLAMA_8B = """{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "head_dim": 128,
+"intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0, "torch_dtype": "bfloat16"}"""
+SETTLE_SECONDS = 1.0  # for saves that run beside the passes
+
+
+def make_engine(mode: str, model: str | None, longest: int, block_tokens: int) -> Any:
+    from vllm import LLM
+
+    transfer = MODES[mode] if mode in MODES else json.loads(mode)
+    if mode == "example":
+        transfer = transfer | {"kv_connector_extra_config": {"shared_storage_path": tempfile.mkdtemp()}}
+    settings: dict[str, Any] = {"max_num_batched_tokens": 8192, "enforce_eager": True, "skip_tokenizer_init": True}
+    if model is None:
+        model = tempfile.mkdtemp()
+        Path(model, "config.json").write_text(LLAMA_8B, encoding="utf-8")
+        settings |= {"load_format": "dummy", "dtype": "bfloat16", "gpu_memory_utilization": 0.6}
+    if transfer is not None:
+        settings["kv_transfer_config"] = {"kv_role": "kv_both", **transfer}
+    room = longest + 8 * block_tokens
+    return LLM(model, max_model_len=room, num_gpu_blocks_override=room // block_tokens + 2, **settings)
+
+
+class Prompts:
+    def __init__(self, llm: Any, vocabulary: int) -> None:
+        self._llm, self._vocabulary, self._choose = llm, vocabulary, random.Random(0)
+
+    def draw(self, num_tokens: int) -> dict[str, list[int]]:
+        return {"prompt_token_ids": [self._choose.randrange(10, self._vocabulary) for _ in range(num_tokens)]}
+
+    def run(self, prompts: list[dict[str, list[int]]], num_tokens: int = 1) -> tuple[float, list[Any]]:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=num_tokens, temperature=0, detokenize=False, ignore_eos=True)
+        start = time.perf_counter()
+        answers = self._llm.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        return seconds, [(list(of.outputs[0].token_ids), of.num_cached_tokens) for of in answers]
+
+
+def measure(prompts: Prompts, num_tokens: int, evictor: dict[str, list[int]]) -> dict[str, Any]:
+    """Seconds and cached tokens of one new prompt: cold, from the pool, and twice after an eviction."""
+    prompt = prompts.draw(num_tokens)
+    row: dict[str, Any] = {}
+    answers = []
+    for name in ("cold", "pool", "outside", "again"):
+        if name in {"outside", "again"}:
+            prompts.run([evictor])
+            time.sleep(SETTLE_SECONDS)
+        row[name], [(tokens, row[f"{name}_cached_tokens"])] = prompts.run([prompt])
+        answers.append(tokens)
+        time.sleep(SETTLE_SECONDS)
+    return row | {"same_tokens": all(tokens == answers[0] for tokens in answers)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", nargs="?", default="kvferry")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--lengths", default="2048,8192,32768")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--block-tokens", type=int, default=16, help="of vLLM's blocks: 128 on a CPU")
+    parser.add_argument("--vocabulary", type=int, default=40000)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    given = parser.parse_args()
+    if importlib.util.find_spec("vllm") is None:
+        print("needs vLLM beside kvferry: see docs/vllm.md")
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    lengths = [int(text) for text in given.lengths.split(",")]
+    start = time.perf_counter()
+    prompts = Prompts(make_engine(given.mode, given.model, max(lengths), given.block_tokens), given.vocabulary)
+    result: dict[str, Any] = {"mode": given.mode, "start_seconds": time.perf_counter() - start, "rows": []}
+    prompts.run([prompts.draw(min(lengths))], 4)
+    evictor = prompts.draw(max(lengths) + 4 * given.block_tokens)
+    print("  tokens   cold ms   pool ms  outside ms  again ms  hit tokens  same")
+    for length in lengths:
+        rows = [measure(prompts, length, evictor) for _ in range(given.rounds)]
+        times = {name: statistics.median(row[name] for row in rows) for name in ("cold", "pool", "outside", "again")}
+        hits, same = min(row["outside_cached_tokens"] for row in rows), all(row["same_tokens"] for row in rows)
+        cells = [f"{1e3 * seconds:9.1f}" for seconds in times.values()]
+        print(f"{length:8}", *cells[:2], f"  {cells[2]}", *cells[3:], f"{hits:11}", f" {same}", flush=True)
+        result["rows"].append({"num_tokens": length, "median_seconds": times, "rounds": rows})
+    prompts.run([prompts.draw(512) for _ in range(32)], 8)
+    result["batch_of_32_seconds"], _ = prompts.run([prompts.draw(512) for _ in range(32)], 128)
+    print(f"32 x 512 tokens, 128 new ones each: {result['batch_of_32_seconds']:.2f} s")
+    if given.json is not None:
+        given.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""What the halves of vLLM's connector tell each other through vLLM, and what they count. Imports vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+from kvferry.offload.metadata import PassMetadata
+
+
+@dataclass
+class FerryMetadata(KVConnectorMetadata):
+    """Scheduler to workers, each step.
+
+    jobs: the planner's, whose request ids are numbers. names: vLLM's ids of requests that workers will report.
+    lost: loads that were promised and cannot be made any more, with the blocks that they should have filled.
+    finished: requests whose blocks wait for the end of their saves. preempted: requests whose blocks are gone: this
+    step may write to them.
+    """
+
+    jobs: PassMetadata = field(default_factory=PassMetadata)
+    names: dict[int, str] = field(default_factory=dict)
+    lost: dict[int, list[int]] = field(default_factory=dict)
+    finished: list[int] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+
+
+@dataclass
+class FerryWorkerMetadata(KVConnectorWorkerMetadata):
+    """Workers to scheduler, when there is something to tell. failed: requests a load of which failed on some worker."""
+
+    failed: set[str] = field(default_factory=set)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> FerryWorkerMetadata:
+        assert isinstance(other, FerryWorkerMetadata)
+        return FerryWorkerMetadata(self.failed | other.failed)

@@ -1,0 +1,210 @@
+"""The worker half of vLLM's connector: begins the planner's jobs, and reports how they ended. Decides nothing.
+
+Every load runs beside the passes, so that one that fails is known before anything was computed from it: vLLM may have
+scheduled the next pass before it learns how this one went. Every save runs beside the passes too, except for groups
+whose blocks vLLM takes back while their request runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from kvferry.blocks import Geometry, GroupKind
+from kvferry.config import StoreOptions
+from kvferry.errors import ConfigError
+from kvferry.integrations.vllm_layout import CacheGroup
+from kvferry.integrations.vllm_messages import FerryMetadata
+from kvferry.integrations.vllm_stores import Engine, open_for_worker
+from kvferry.offload.mover import Mover
+from kvferry.offload.stores import RankArena
+from kvferry.transfer.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+_REGISTERING_SECONDS = 1.0
+"""How long the end waits for who registers, perhaps with a store that will never come."""
+
+
+class WorkerHalf:
+    """One rank's jobs. Until there is a store, and the model has a name, loads fail and saves are not begun."""
+
+    def __init__(self, engine: Engine, options: StoreOptions) -> None:
+        self._engine = engine
+        self._options = options
+        self._store, self._close_store = open_for_worker(engine, options)
+        self._groups: Sequence[CacheGroup] = ()
+        self._layouts: Sequence[Layout] = ()
+        self._mover: Mover | None = None
+        self._registering: threading.Thread | None = None
+        self._is_closing = False
+        self._metadata = FerryMetadata()
+        self._names: dict[int, str] = {}
+        self._loads: dict[int, int] = {}
+        self._saves: dict[int, int] = {}
+        """Job id to the request's number, of jobs under way."""
+        self._loaded: set[int] = set()
+        """Loads that ended and are to be reported."""
+        self._failed: set[str] = set()
+        """Requests whose load failed since the last report."""
+        self._finished: set[int] = set()
+        """Requests whose blocks wait for the end of their saves."""
+        self._blocks: dict[int, list[int]] = {}
+        """Where each load under way goes, for versions of vLLM that are told of blocks and not of requests."""
+        self._failed_blocks: set[int] = set()
+
+    def register(
+        self, groups: Sequence[CacheGroup], layouts: Sequence[Layout], name_weights: Callable[[], str | None]
+    ) -> None:
+        """Offer these pools to the store, in the background: to name weights may take seconds."""
+        self._groups, self._layouts = groups, layouts
+        self._registering = threading.Thread(
+            target=self._register, args=(name_weights,), name="kvferry-vllm-register", daemon=True
+        )
+        self._registering.start()
+
+    def _register(self, name_weights: Callable[[], str | None]) -> None:
+        try:
+            identity = name_weights()
+            if identity is None:
+                logger.warning("KV is not kept beyond vLLM's pool: the model's weights cannot be named")
+            elif self._store is not None and not self._is_closing:
+                geometry = make_geometry(
+                    identity, self._engine, self._options.chunk_tokens, self._groups, self._layouts
+                )
+                self._store.register(self._engine.engine_id, self._engine.rank, geometry)
+        except ConfigError as error:
+            logger.warning("KV is not kept beyond vLLM's pool: %s", error)
+        except Exception:  # the thread's boundary
+            logger.exception("KV is not kept beyond vLLM's pool")
+
+    def bind(self, metadata: FerryMetadata) -> None:
+        """Take a step's orders."""
+        self._follow_arena()
+        self._metadata = metadata
+        self._names |= metadata.names
+        self._finished.update(metadata.finished)
+
+    def _follow_arena(self) -> None:
+        """Copy to and from the newest arena: a cache server may have come, or have been started anew. Jobs that were
+        begun in another end as failed, as their slots are not in this one."""
+        if self._store is None or not (self._layouts and self._store.has_other_arena):
+            return
+        if self._mover is not None:
+            self._mover.close()
+            self._take_in(self._mover.take_ended())
+            self._mover = None
+        self._mover = Mover(
+            RankArena(self._store, self._store.take_arena()),
+            self._layouts,
+            self._options.chunk_tokens,
+            self._engine.rank,
+            frozenset(index for index, group in enumerate(self._groups) if group.kind is not GroupKind.FULL),
+            ready_seconds=self._options.load_deadline_seconds,
+        )
+
+    def release_preempted(self, metadata: FerryMetadata) -> None:
+        """Before a step writes to blocks of requests that were preempted: wait for copies out of them."""
+        preempted = set(metadata.preempted)
+        jobs = [job_id for job_id, request in self._saves.items() if request in preempted]
+        if self._mover is not None and jobs:
+            self._mover.flush(jobs)
+
+    def start_loads(self, stream: Any) -> None:
+        """Begin the step's loads."""
+        for number, block_ids in self._metadata.lost.items():
+            self._blocks[number] = block_ids
+            self._end_load(number, ok=False)
+        for order in self._metadata.jobs.async_loads:
+            number, job = order.request_id, order.job
+            self._blocks[number] = [block for part in job.parts for block in part.block_ids]
+            if self._mover is None:
+                self._end_load(number, ok=False)
+                continue
+            self._loads[job.job_id] = number
+            self._mover.load_beside(job, stream)
+
+    def start_saves(self, stream: Any) -> None:
+        """Begin to save what the step's pass, as far as `stream` was given it, completes."""
+        orders, self._metadata = self._metadata.jobs.stores, FerryMetadata()
+        if self._mover is not None and orders:
+            self._saves.update((order.job.job_id, order.request_id) for order in orders)
+            self._mover.save([order.job for order in orders], stream)
+
+    def take_finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose saves, and those whose load, ended since the last call."""
+        if self._mover is not None:
+            self._take_in(self._mover.take_ended())
+        saving = set(self._saves.values()) if self._finished else set()
+        saved = self._finished - saving
+        self._finished &= saving
+        loaded, self._loaded = self._loaded, set()
+        return self._take_names(saved), self._take_names(loaded)
+
+    def failed_loads(self) -> set[str]:
+        """Requests whose load failed, until `take_failed` is asked; each is in `take_finished` as well. Who is told
+        this need not be told of blocks."""
+        self._failed_blocks.clear()
+        return set(self._failed)
+
+    def take_failed(self) -> set[str]:
+        """The same, for the last time."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def take_failed_blocks(self) -> set[int]:
+        """The blocks that loads which failed since the last call should have filled."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def stats(self) -> Mapping[str, float]:
+        """The mover's counters."""
+        return self._mover.meter.snapshot() if self._mover is not None else {}
+
+    def shutdown(self) -> None:
+        self._is_closing = True
+        if self._mover is not None:
+            self._mover.close()
+            self._mover = None
+        if self._registering is not None:
+            self._registering.join(_REGISTERING_SECONDS)
+            self._registering = None
+        self._store = None
+        self._close_store()
+
+    def _take_in(self, ended: Mapping[int, bool]) -> None:
+        """Jobs that ended, and whether well."""
+        for job_id, ok in ended.items():
+            number = self._loads.pop(job_id, None)
+            if number is not None:
+                self._end_load(number, ok=ok)
+            self._saves.pop(job_id, None)
+
+    def _end_load(self, number: int, *, ok: bool) -> None:
+        self._loaded.add(number)
+        blocks = self._blocks.pop(number, [])
+        if not ok:
+            self._failed.add(self._names[number])
+            self._failed_blocks.update(blocks)
+
+    def _take_names(self, numbers: Iterable[int]) -> set[str]:
+        return {self._names.pop(number) for number in numbers if number in self._names}
+
+
+def make_geometry(
+    identity: str, engine: Engine, chunk_tokens: int, groups: Sequence[CacheGroup], layouts: Sequence[Layout]
+) -> Geometry:
+    """What names this engine's bytes. The same on all ranks, or the store refuses them."""
+    specs, first_layer = [], 0
+    for group, layout in zip(groups, layouts, strict=True):
+        specs.append(group.spec(layout.part_bytes(chunk_tokens), first_layer))
+        first_layer += len(group.names)
+    return Geometry(
+        identity=identity,
+        layout="|".join(layout.fingerprint() for layout in layouts),
+        chunk_tokens=chunk_tokens,
+        num_ranks=engine.num_ranks,
+        groups=tuple(specs),
+    )

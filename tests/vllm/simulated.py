@@ -1,0 +1,273 @@
+"""vLLM's own scheduler and kvferry's connector on it, without a model: blocks hold what names the tokens before them.
+
+Each step writes into the blocks that the scheduler gave, and proves before that all that attention would read is there:
+of full attention every position, of a window those in it, of recurrent layers the state where the last pass ended.
+Groups share memory, as vLLM's do. Copies run when the test says so, in its order; some loads fail.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Collection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+    MambaSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from kvferry.integrations.vllm import KVConnectorRole, KVFerryConnector
+from kvferry.offload.background import Readiness, Task
+
+BLOCK, CHUNK, WINDOW = 4, 8, 10
+_NAMES = 1 << 40
+_ATTENTION: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 1, "dtype": torch.int64}
+_PAGE = BLOCK * 2
+"""Elements of a block: a key and a value a token."""
+
+
+def name_after(name: int, token: int) -> int:
+    """Names the tokens so far and one more."""
+    return (name * 1_000_003 + token * 7919 + 12_345) % _NAMES
+
+
+class ByHand:
+    """Stands for `Background`: what is submitted runs when the test says so."""
+
+    def __init__(self, choose: random.Random) -> None:
+        self._choose = choose
+        self._tasks: dict[int, tuple[Task, Callable[[], Readiness] | None, bool]] = {}
+        self._ended: dict[int, bool] = {}
+        self.failures = 0
+
+    def submit(self, task: Task, *, wanted: bool = True) -> None:
+        self._tasks[task.job_id] = task, None, wanted
+
+    def wait_for(self, task: Task, readiness: Callable[[], Readiness], timeout_seconds: float) -> None:
+        self._tasks[task.job_id] = task, readiness, True
+
+    def run(self, share: float, failing: float = 0.0) -> None:
+        """A part of what waits, in any order."""
+        for job_id in self._choose.sample(list(self._tasks), len(self._tasks)):
+            if self._choose.random() < share:
+                fails = self._choose.random() < failing
+                self.failures += fails
+                self._end(job_id, fails=fails)
+
+    def flush(self, job_ids: Collection[int]) -> None:
+        for job_id in job_ids:
+            if job_id in self._tasks:
+                self._end(job_id, fails=False)
+
+    def take_ended(self) -> dict[int, bool]:
+        ended, self._ended = self._ended, {}
+        return ended
+
+    def cancel(self, job_id: int) -> None:
+        raise AssertionError("vLLM's adapter cancels nothing")
+
+    def close(self) -> None:
+        for job_id in list(self._tasks):
+            self._end(job_id, fails=True)
+
+    def _end(self, job_id: int, *, fails: bool) -> None:
+        task, readiness, wanted = self._tasks.pop(job_id)
+        ready = readiness is None or readiness() is Readiness.READY
+        self._ended[job_id] = task.run(wanted and ready and not fails)
+
+
+class Simulation:
+    """kinds: of groups, "full", "window" or "state". overlap: a step is scheduled before the last one is heard of."""
+
+    def __init__(self, model: Path, kinds: tuple[str, ...], num_blocks: int, seed: int, *, overlap: bool) -> None:
+        self.choose = random.Random(seed)
+        self._kinds, self._overlap = kinds, overlap
+        config = EngineArgs(
+            str(model),
+            load_format="dummy",
+            dtype="float32",
+            max_model_len=96,
+            max_num_batched_tokens=24,
+            max_num_seqs=4,
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            async_scheduling=overlap,
+            kv_transfer_config={
+                "kv_connector": "KVFerryConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"chunk_tokens": CHUNK, "l1_size_gb": 0.002, "async_load": "always"},
+            },
+        ).create_engine_config()
+        config.cache_config.block_size, config.cache_config.num_gpu_blocks = BLOCK, num_blocks
+        config.cache_config.mamba_cache_mode = "align" if "state" in kinds else "none"
+        config.cache_config.enable_prefix_caching = True
+        cache = _cache_config(kinds, num_blocks)
+        for group in cache.kv_cache_groups:
+            for name in group.layer_names:
+                layer = SimpleNamespace(get_attn_backend=lambda: object)
+                config.compilation_config.static_forward_context[name] = layer
+        self.raw = torch.zeros(num_blocks, _PAGE, dtype=torch.int64)
+        self.worker = KVFerryConnector(config, KVConnectorRole.WORKER, cache)
+        self.worker.register_kv_caches({f"layer.{index}": self._view(kind) for index, kind in enumerate(kinds)})
+        block_size, hash_block_size = resolve_kv_cache_block_sizes(cache, config)
+        scheduler = AsyncScheduler if overlap else Scheduler
+        manager = StructuredOutputManager(config)
+        self.scheduler = scheduler(config, cache, manager, block_size, hash_block_size=hash_block_size)
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(hash_block_size, sha256)
+        self.half = self.scheduler.connector._scheduler
+        assert self.half._is_ready()
+        self.copies = ByHand(self.choose)
+        self._tables: dict[str, list[list[int]]] = {}
+        self._tokens: dict[str, list[int]] = {}
+        self._unheard: deque[tuple[Any, ModelRunnerOutput]] = deque()
+        self.answers: dict[str, list[int]] = {}
+        self.num_preempted = 0
+
+    def _view(self, kind: str) -> torch.Tensor | list[torch.Tensor]:
+        return [self.raw[:, :1]] if kind == "state" else self.raw.view(-1, 1, BLOCK, 2)
+
+    def add(self, name: str, prompt: list[int], num_tokens: int, salt: str | None = None) -> None:
+        sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0)
+        request = Request(name, prompt, sampling, None, block_hasher=self._hasher, cache_salt=salt)
+        self.scheduler.add_request(request)
+        self._tokens[name] = list(prompt)
+
+    def abort(self, name: str) -> None:
+        from vllm.v1.request import RequestStatus
+
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._unheard) or self.scheduler.has_requests()
+
+    def step(self, *, failing: float = 0.0) -> None:
+        output = self.scheduler.schedule()
+        self.num_preempted += len(output.preempted_req_ids or ())
+        self._unheard.append((output, self._execute(output, failing)))
+        while len(self._unheard) > (1 if self._overlap and output.num_scheduled_tokens else 0):
+            for answered in self.scheduler.update_from_output(*self._unheard.popleft()).values():
+                for of in answered.outputs:
+                    self.answers.setdefault(of.request_id, []).extend(of.new_token_ids)
+
+    # -- a worker ----------------------------------------------------------------------------------------------------
+
+    def _execute(self, output: Any, failing: float) -> ModelRunnerOutput:
+        metadata = output.kv_connector_metadata
+        self.worker.handle_preemptions(metadata)
+        self.worker.bind_connector_metadata(metadata)
+        mover = self.worker._worker._mover
+        if mover is not None and mover._background is not self.copies:
+            mover._background.close()
+            mover._background = self.copies
+        self.copies.run(self.choose.random(), failing)
+        for block in output.new_block_ids_to_zero or ():
+            self.raw[block] = 0
+        for copied in output.kv_cache_block_copies or ():
+            self.raw[copied.dst_block_id] = self.raw[copied.src_block_id]
+        sampled = self._forward(output)
+        self.worker.start_load_kv(None)
+        self.worker.wait_for_save()
+        self.copies.run(self.choose.random(), failing)
+        results = self.worker.get_transfer_results(output.finished_req_ids)
+        told = KVConnectorOutput(
+            finished_sending=results.finished_sending or None,
+            finished_recving=results.finished_recving or None,
+            failed_recving=results.failed_recving,
+            invalid_block_ids=self.worker.get_block_ids_with_load_errors(),
+            kv_connector_worker_meta=self.worker.build_connector_worker_meta(),
+        )
+        self.worker.clear_connector_metadata()
+        names = list(sampled)
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=[sampled[name] for name in names],
+            kv_connector_output=told,
+        )
+
+    def _forward(self, output: Any) -> dict[str, list[int]]:
+        """What each scheduled request samples."""
+        computed = {}
+        for new in output.scheduled_new_reqs:
+            self._tables[new.req_id] = [list(ids) for ids in new.block_ids]
+            computed[new.req_id] = new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for name, ids, position in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+            if name in cached.resumed_req_ids:
+                self._tables[name] = [list(of_group) for of_group in ids]
+            elif ids is not None:
+                for table, added in zip(self._tables[name], ids, strict=True):
+                    table.extend(added)
+            computed[name] = position
+        return {name: self._pass(name, computed[name], count) for name, count in output.num_scheduled_tokens.items()}
+
+    def _pass(self, name: str, computed: int, count: int) -> list[int]:
+        tokens, end = self._tokens[name], computed + count
+        assert end <= len(tokens), "more is computed than is known"
+        names = [0]
+        for token in tokens[:end]:
+            names.append(name_after(names[-1], token))
+        salt = self.scheduler.requests[name].cache_salt if name in self.scheduler.requests else None
+        names = [of + (1 if salt else 0) for of in names[1:]]
+        for kind, table in zip(self._kinds, self._tables[name], strict=True):
+            if kind == "state":
+                if computed:
+                    before = self.raw[table[(computed - 1) // BLOCK], 0].item()
+                    assert before == names[computed - 1], f"{name}: no state of {computed} tokens"
+                self.raw[table[(end - 1) // BLOCK], 0] = names[end - 1]
+                continue
+            first = max(0, computed - WINDOW + 1) if kind == "window" else 0
+            for position in range(first, end):
+                place = self.raw[table[position // BLOCK]].view(BLOCK, 2)[position % BLOCK]
+                if position < computed:
+                    assert place.tolist() == [names[position]] * 2, f"{name}: {kind} lacks token {position} of {end}"
+                else:
+                    place[:] = names[position]
+        if end < len(tokens):
+            return []
+        tokens.append(names[-1] % 50 + 2)
+        return tokens[-1:]
+
+    def close(self) -> None:
+        self.worker.shutdown()
+        self.scheduler.shutdown()
+
+
+def _cache_config(kinds: tuple[str, ...], num_blocks: int) -> KVCacheConfig:
+    page_bytes = _PAGE * 8
+    specs = {
+        "full": FullAttentionSpec(**_ATTENTION),
+        "window": SlidingWindowSpec(**_ATTENTION, sliding_window=WINDOW),
+        "state": MambaSpec(
+            block_size=BLOCK,
+            shapes=((1,),),
+            dtypes=(torch.int64,),
+            page_size_padded=page_bytes,
+            mamba_cache_mode="align",
+        ),
+    }
+    groups = [KVCacheGroupSpec([f"layer.{index}"], specs[kind]) for index, kind in enumerate(kinds)]
+    tensors = [
+        KVCacheTensor(size=num_blocks * page_bytes, layers=group.layer_names, layer_stride=0, block_stride=page_bytes)
+        for group in groups
+    ]
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=tensors, kv_cache_groups=groups)

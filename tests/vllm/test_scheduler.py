@@ -1,0 +1,69 @@
+"""vLLM's own scheduler with random requests, completion orders, aborts, preemptions and failed loads, and no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from simulated import Simulation
+
+GROUPS = {
+    "full": ("full",),
+    "windows": ("full", "window"),
+    "states": ("full", "state"),
+    "all": ("full", "window", "state"),
+}
+
+
+def drive(simulation: Simulation, *, failing: float) -> None:
+    choose = simulation.choose
+    stems = [[choose.randrange(2, 50) for _ in range(60)] for _ in range(3)]
+    waiting: list[str] = []
+    for number in range(14):
+        stem = choose.choice(stems)[: choose.randrange(1, 60)]
+        prompt = stem + [choose.randrange(2, 50) for _ in range(choose.randrange(1, 12))]
+        name = f"request {number}"
+        simulation.add(name, prompt, choose.randrange(1, 24), "salt" if choose.random() < 0.2 else None)
+        waiting.append(name)
+        for _ in range(choose.randrange(8)):
+            simulation.step(failing=failing)
+        if choose.random() < 0.15:
+            simulation.abort(waiting.pop(choose.randrange(len(waiting))))
+        if choose.random() < 0.3:
+            simulation.scheduler.reset_prefix_cache()
+    steps = 0
+    while simulation.is_busy:
+        simulation.step(failing=failing)
+        steps += 1
+        assert steps < 3000, "requests hang"
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["one step at a time", "overlapping steps"])
+@pytest.mark.parametrize("failing", [0.0, 0.2], ids=["", "some loads fail"])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_every_step_reads_what_was_computed(llama: Path, groups: str, failing: float, overlap: bool) -> None:
+    seen = {"loaded": 0.0, "preempted": 0.0, "failed": 0.0}
+
+    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(st.integers(0, 2**32 - 1))
+    def run(seed: int) -> None:
+        num_blocks = {"full": 40, "windows": 60, "states": 60, "all": 62}[groups]
+        simulation = Simulation(llama, GROUPS[groups], num_blocks, seed, overlap=overlap)
+        try:
+            drive(simulation, failing=failing)
+            stats = simulation.half.stats()
+            simulation.half._store.check()
+            assert stats["leases"] == 0
+            assert not (simulation.half._followed or simulation.half._held or simulation.half._loading)
+            seen["loaded"] += stats.get("load_tokens_memory", 0)
+            seen["preempted"] += simulation.num_preempted
+            seen["failed"] += simulation.copies.failures
+        finally:
+            simulation.close()
+
+    run()
+    assert seen["loaded"] > 0
+    assert seen["preempted"] > 0
+    assert (seen["failed"] > 0) == (failing > 0)

@@ -291,7 +291,7 @@ def test_what_must_not_need_torch_does_not_load_it(module: str) -> None:
     assert not set(in_python(f"import {module}" + LOADED).split()) & {"torch", "transformers"}
 
 
-HOSTS = {"prometheus_client", "vllm"}
+HOSTS = {"vllm"}
 """Engines that an adapter of ours needs, and that need not be installed here."""
 
 

@@ -6,14 +6,11 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any, Final
 
-import xxhash
-
+from kvferry.integrations.weights import name_weights
 from kvferry.store.keys import Content, Extras
 
 logger = logging.getLogger(__name__)
@@ -21,16 +18,12 @@ logger = logging.getLogger(__name__)
 FORMAT: Final = 1
 """To be raised whenever the meaning of kept bytes changes without any other field of the identity changing."""
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_READABLE_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "gguf", "bitsandbytes", "mistral", "dummy"}
+_READABLE_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "gguf", "bitsandbytes", "mistral"}
 _VOLATILE_CONFIG = {"_name_or_path", "_attn_implementation_internal", "transformers_version", "architectures"}
-_HUB_BLOB = re.compile(r"[0-9a-f]{64}")
-_DIGESTS = Path("~/.cache/kvferry/digests")
-_CHUNK_BYTES = 1 << 24
 
 
 def engine_identity(vllm_config: Any, version: str) -> str | None:
-    """Names weights, types, partition and vLLM's version. Reads all weights' bytes the first time: 1 s for some GB."""
+    """Names weights, types, partition and vLLM's version. Weights that are no snapshot of the hub's are read whole."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     if getattr(cache, "calculate_kv_scales", False):
         return None  # Scales that depend on the first request.
@@ -86,73 +79,19 @@ class Adapters:
         if stamp not in self._names:
             self._names[stamp] = None
             if any(path.name == "adapter_config.json" for path in files):
-                target = self._read
-                threading.Thread(target=target, args=(stamp, files), name="kvferry-adapter", daemon=True).start()
+                threading.Thread(target=self._read, args=(stamp,), name="kvferry-adapter", daemon=True).start()
         return self._names[stamp]
 
-    def _read(self, stamp: tuple[Any, ...], files: list[Path]) -> None:
+    def _read(self, stamp: tuple[Any, ...]) -> None:
         try:
-            self._names[stamp] = "lora-" + _digest_of([(path.name, _file_digest(path)) for path in files])
+            self._names[stamp] = name_weights(str(stamp[0]))
         except OSError as error:
             logger.warning("requests with the adapter %s are not kept: %s", stamp[0], error)
 
 
 def _weights(model: Any, load_format: str) -> str | None:
-    """A digest of the bytes of all weight files."""
-    if load_format.rsplit(".", 1)[-1].lower() not in _READABLE_FORMATS:
-        return None
-    if load_format.rsplit(".", 1)[-1].lower() == "dummy":
+    """A name of the weights, or None."""
+    name = load_format.rsplit(".", 1)[-1].lower()
+    if name == "dummy":
         return f"dummy {model.seed}"
-    folder = _folder(model)
-    if folder is None:
-        return None
-    files = [folder] if folder.is_file() else [path for path in folder.iterdir() if path.suffix in _WEIGHTS]
-    return _digest_of(sorted((path.name, _file_digest(path)) for path in files)) if files else None
-
-
-def _folder(model: Any) -> Path | None:
-    """Where vLLM found the model's files on this machine."""
-    path = Path(model.model)
-    if path.exists():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
-    except Exception as error:  # noqa: BLE001 - a foreign library that looks for what may be anywhere
-        logger.debug("the files of %s are not found: %s", model.model, error)
-        return None
-
-
-def _file_digest(path: Path) -> str:
-    """Of all bytes; a file of the hub's cache bears their SHA-256 as its name. Kept between runs by size and time."""
-    real = path.resolve()
-    if real.parent.name == "blobs" and _HUB_BLOB.fullmatch(real.name):
-        return real.name
-    status = real.stat()
-    stamp = f"{real} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
-    kept = _DIGESTS.expanduser() / xxhash.xxh3_128_hexdigest(stamp.encode("utf-8", "surrogateescape"))
-    try:
-        return kept.read_text(encoding="ascii")
-    except (OSError, ValueError):
-        digest = _read_digest(real)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False, encoding="ascii") as file:
-            file.write(digest)
-        Path(file.name).replace(kept)
-    except OSError as error:
-        logger.debug("the digest of %s is not kept: %s", real, error)
-    return digest
-
-
-def _read_digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(_CHUNK_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _digest_of(names: list[tuple[str, str]]) -> str:
-    return xxhash.xxh3_128_hexdigest(repr(names).encode())
+    return name_weights(model.model, model.revision) if name in _READABLE_FORMATS else None

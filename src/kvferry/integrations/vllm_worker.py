@@ -95,6 +95,7 @@ class WorkerHalf:
         if self._mover is not None:
             self._mover.close()
             self._take_in(self._mover.take_ended())
+            self._mover = None
         self._mover = Mover(
             RankArena(self._store, self._store.take_arena()),
             self._layouts,

@@ -78,7 +78,8 @@ class _EmbeddedRank:
 
 def open_for_scheduler(llm_args: LlmArgs, options: StoreOptions) -> tuple[BlockStore | None, Callable[[], None]]:
     """The store for the scheduler half, or None if it cannot be made, which was logged; and what to call in the end."""
-    return open_store(llm_args.engine_id, llm_args.model, options, _server_url(llm_args, options), _ranks_url(llm_args))
+    url, ranks_url = _server_url(llm_args, options), _ranks_url(llm_args)
+    return open_store(llm_args.engine_id, llm_args.model, options, url, ranks_url)
 
 
 def open_for_rank(llm_args: LlmArgs, options: StoreOptions) -> tuple[RankStore | None, Callable[[], None]]:
@@ -92,22 +93,22 @@ def open_for_rank(llm_args: LlmArgs, options: StoreOptions) -> tuple[RankStore |
 
 
 def open_store(
-    engine_id: str, model: str, options: StoreOptions, server_url: str | None, ranks_url: str | None
+    engine_id: str, name: str, options: StoreOptions, server_url: str | None, ranks_url: str | None
 ) -> tuple[BlockStore | None, Callable[[], None]]:
     """For a scheduler half: the cache server's store at `server_url`, or else the engine's own, which is served to
-    ranks in other processes at `ranks_url`."""
+    ranks in other processes at `ranks_url`. name: what a server calls the engine."""
     if server_url is not None:
-        client = StoreClient(server_url, options, name=model)
+        client = StoreClient(server_url, options, name=name)
         return client, client.close
     return EMBEDDED.acquire(engine_id, options, ranks_url), partial(EMBEDDED.release, engine_id)
 
 
 def open_rank_store(
-    engine_id: str, model: str, options: StoreOptions, url: str | None, ranks_url: str | None = None
+    engine_id: str, name: str, options: StoreOptions, url: str | None, ranks_url: str | None = None
 ) -> tuple[RankStore | None, Callable[[], None]]:
     """For a worker half: the store that is served at `url`, or else the engine's own in this process."""
     if url is not None:
-        client = StoreClient(url, options, name=model, maps_arena=True)
+        client = StoreClient(url, options, name=name, maps_arena=True)
         return client, client.close
     store = EMBEDDED.acquire(engine_id, options, ranks_url)
     return _EmbeddedRank(store) if store is not None else None, partial(EMBEDDED.release, engine_id)

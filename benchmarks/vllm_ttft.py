@@ -2,9 +2,10 @@
 
     python benchmarks/vllm_ttft.py MODE [MODEL] [--lengths 2048,8192,32768] [--rounds 3] [--json FILE]
 
-MODE: none, native (vLLM's OffloadingConnector; CUDA), example (vLLM's ExampleConnector), kvferry, or JSON of a
-KVTransferConfig. MODEL: a folder; without one, random weights in the shape of Llama 3 8B, for a GPU. The pool has room
-for one long prompt: another one pushes it out, and what is hit then came from outside.
+MODE: none, native (vLLM's OffloadingConnector) or lmcache (both on CUDA), example (vLLM's ExampleConnector), kvferry,
+server (kvferry with a cache server, which is started), or JSON of a KVTransferConfig. MODEL: a folder; without one,
+random weights in the shape of Llama 3 8B, for a GPU. The pool has room for one long prompt: another one pushes it out,
+and what is hit then came from outside.
 """
 
 from __future__ import annotations
@@ -17,18 +18,31 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from kvferry.testing.servers import ServerProcess
 
 MODES: dict[str, Any] = {
     "none": None,
     "native": {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"cpu_bytes_to_use": 40 << 30}},
     "example": {"kv_connector": "ExampleConnector"},
+    "lmcache": {"kv_connector": "LMCacheConnectorV1"},
     "kvferry": {"kv_connector": "KVFerryConnector", "kv_connector_extra_config": {"l1_size_gb": 40.0}},
 }
 LLAMA_8B = """{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "head_dim": 128,
 "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
 "vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0, "torch_dtype": "bfloat16"}"""
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "PYTHONHASHSEED": "0",
+    "LMCACHE_LOCAL_CPU": "True",
+    "LMCACHE_MAX_LOCAL_CPU_SIZE": "40",
+    "LMCACHE_CHUNK_SIZE": "256",
+}
 SETTLE_SECONDS = 1.0  # for saves that run beside the passes
 
 
@@ -94,10 +108,30 @@ def main() -> None:
     if importlib.util.find_spec("vllm") is None:
         print("needs vLLM beside kvferry: see docs/vllm.md")
         return
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     lengths = [int(text) for text in given.lengths.split(",")]
+    with serving(given.mode) as mode:
+        measure_mode(mode, lengths, given)
+
+
+@contextmanager
+def serving(mode: str) -> Iterator[str]:
+    """The mode, with a cache server where it needs one."""
+    if mode != "server":
+        yield mode
+        return
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm") as folder,
+        ServerProcess(Path(folder), "--l1-size-gb", "40") as server,
+    ):
+        extra = {"server_url": server.url}
+        yield json.dumps({"kv_connector": "KVFerryConnector", "kv_connector_extra_config": extra})
+
+
+def measure_mode(mode: str, lengths: list[int], given: argparse.Namespace) -> None:
     start = time.perf_counter()
-    prompts = Prompts(make_engine(given.mode, given.model, max(lengths), given.block_tokens), given.vocabulary)
+    prompts = Prompts(make_engine(mode, given.model, max(lengths), given.block_tokens), given.vocabulary)
     result: dict[str, Any] = {"mode": given.mode, "start_seconds": time.perf_counter() - start, "rows": []}
     prompts.run([prompts.draw(min(lengths))], 4)
     evictor = prompts.draw(max(lengths) + 4 * given.block_tokens)

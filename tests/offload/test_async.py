@@ -169,6 +169,28 @@ def test_saves_overlap_later_passes_and_hold_their_blocks(
     assert engine.run(prompt(100)).num_connector_matched_tokens == 96
 
 
+def test_a_load_does_not_wait_for_saves_under_way(make_engine: MakeEngine, held_copies: threading.Event) -> None:
+    engine = make_engine(num_blocks=256, args=NO_REUSE, async_load="always")
+    engine.run(prompt(100))
+    engine.settle()
+    held_copies.clear()
+    saving = engine.add(prompt(100, seed=1), max_tokens=2)
+    while not saving.is_finished:
+        engine.step()
+    assert engine.scheduler.has_transfers
+    loading = engine.add(prompt(100), max_tokens=2)
+
+    def step() -> bool:
+        engine.step()
+        return loading.is_finished
+
+    wait_until(step)
+    assert loading.num_connector_matched_tokens == 96
+    held_copies.set()
+    engine.settle()
+    check_idle(engine)
+
+
 def test_a_window_s_blocks_are_saved_before_the_pass_ends(
     make_engine: MakeEngine, held_copies: threading.Event
 ) -> None:

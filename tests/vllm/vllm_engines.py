@@ -1,7 +1,7 @@
-"""Real vLLM engines on a CPU, in this process, so that tests can look into the connector. Not part of `make test`.
+"""Real vLLM engines in this process, so that tests can look into the connector. Not part of `make test`.
 
-Tokens are compared with an engine that has no connector, in float32 and greedy, on models whose wide random weights
-make equal tokens mean equal computing.
+Tokens are compared with an engine that has no connector, greedily, on models whose wide random weights make equal
+tokens mean equal computing: in float32 on a CPU, on a GPU in bfloat16 with kernels that do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 os.environ |= {
+    "VLLM_BATCH_INVARIANT": "1" if torch.cuda.is_available() else "0",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -25,7 +28,7 @@ os.environ |= {
 }
 
 BLOCK = 128
-"""Tokens of a block of vLLM's on a CPU; two make a chunk."""
+"""Tokens of a block of vLLM's, which a CPU's default is; two make a chunk."""
 
 Expected = Callable[[Path, Sequence[Any], int], list[list[int]]]
 """Of a model, prompts and a number of tokens: what vLLM alone answers."""
@@ -91,7 +94,8 @@ def make_engine(model: Path, *, connector: bool = True, policy: str = "fail", **
 
     extra = {"l1_size_gb": 0.2, **settings.pop("extra", {})}
     given = {
-        "dtype": "float32",
+        **({"dtype": "bfloat16", "gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {"dtype": "float32"}),
+        "block_size": BLOCK,
         "max_model_len": 2048,
         "enforce_eager": True,
         "num_gpu_blocks_override": 22,

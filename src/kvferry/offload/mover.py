@@ -1,7 +1,8 @@
 """Copies the bytes of jobs between the engine's pool and the arena, and tells the store how each job ended.
 
 Loads of a pass, and what must be saved within it, run in the calling thread, which runs the forward pass; loads of
-requests that are not in the batch, and saves of blocks that outlive the pass, run in the background.
+requests that are not in the batch run in one thread, saves of blocks that outlive the pass in another, so that no load
+waits behind saves.
 
 Knows jobs, slots and blocks; never a request, a token or a key.
 """
@@ -70,7 +71,8 @@ class Mover:
         self._rank = rank
         self._passing_groups = passing_groups
         self._ready_seconds = ready_seconds
-        self._background = Background(f"kvferry-mover-{rank}")
+        self._loads = Background(f"kvferry-loads-{rank}")
+        self._saves = Background(f"kvferry-saves-{rank}")
         self._groups = frozenset(range(len(layouts)))
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
         self._writing: dict[int, Writing] = {}
@@ -99,9 +101,9 @@ class Mover:
         """Copy into the pool once the slots are filled, after the work that `stream` was given so far."""
         task = Task(job.job_id, partial(self._run, Direction.TO_POOL, job, mark(stream)))
         if job.ready:
-            self._background.submit(task)
+            self._loads.submit(task)
         else:
-            self._background.wait_for(task, lambda: self._readiness(job), self._ready_seconds)
+            self._loads.wait_for(task, lambda: self._readiness(job), self._ready_seconds)
 
     def save(self, jobs: Sequence[CopyJob], stream: Any) -> None:
         """Copy out of the pool, after the work that `stream` was given so far. What passing groups have is copied when
@@ -113,28 +115,30 @@ class Mover:
         ]
         for job, copies in begun:
             task = Task(job.job_id, partial(self._run, Direction.FROM_POOL, job, written))
-            self._background.submit(task, wanted=copies is not None and self._finish(copies))
+            self._saves.submit(task, wanted=copies is not None and self._finish(copies))
 
     def cancel(self, job_id: int) -> None:
         """A load beside the passes is not needed: it ends at once, unless its copies have begun."""
-        self._background.cancel(job_id)
+        self._loads.cancel(job_id)
 
     def flush(self, job_ids: Collection[int]) -> None:
         """Return when these jobs beside the passes have ended: their blocks are about to be given to others."""
-        self._background.flush(job_ids)
+        self._loads.flush(job_ids)
+        self._saves.flush(job_ids)
 
     def take_ended(self) -> dict[int, bool]:
         """Ids of jobs beside the passes that ended since the last call, and whether every byte was copied."""
-        return self._background.take_ended()
+        return self._loads.take_ended() | self._saves.take_ended()
 
     def close(self) -> None:
         """End loads under way, then what runs beside the passes, then the copying threads."""
         self.end_loads()
-        self._background.close()
+        self._loads.close()
+        self._saves.close()
         self._copier.close()
 
     def _run(self, direction: Direction, job: CopyJob, after: Any, wanted: bool) -> bool:
-        """A task's body, in the background's thread."""
+        """A task's body, in a thread of the background's."""
         copies = None
         if wanted:
             groups = self._groups - self._passing_groups if direction is Direction.FROM_POOL else self._groups

@@ -106,9 +106,10 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: Any) -> None:
         if self._scheduler is not None:
             told = connector_output.kv_connector_worker_meta
-            failed = told.failed if isinstance(told, FerryWorkerMetadata) else set()
+            told = told if isinstance(told, FerryWorkerMetadata) else FerryWorkerMetadata()
+            self._scheduler.loads_ended(told.load_ends)
             saved, loaded = connector_output.finished_sending, connector_output.finished_recving
-            self._scheduler.take_in(saved or (), loaded or (), failed)
+            self._scheduler.take_in(saved or (), loaded or (), told.failed)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
@@ -184,8 +185,10 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
         return failed
 
     def build_connector_worker_meta(self) -> FerryWorkerMetadata | None:
-        failed = self._worker.take_failed() if self._worker is not None else set()
-        return FerryWorkerMetadata(failed) if failed else None
+        if self._worker is None:
+            return None
+        told = FerryWorkerMetadata(self._worker.take_failed(), self._worker.take_load_ends())
+        return told if told.failed or told.load_ends else None
 
     # -- both ----------------------------------------------------------------------------------------------------------
 

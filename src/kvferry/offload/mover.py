@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from kvferry.observability.metrics import Meter
 from kvferry.offload.background import Background, Readiness, Task
-from kvferry.offload.metadata import CopyJob
+from kvferry.offload.metadata import CopyJob, LoadEnd
 from kvferry.store.arena import COMMITTED, Arena, Writing
 from kvferry.transfer.copy import Copier, Copy, CopyEngine, mark
 from kvferry.transfer.layout import Layout
 from kvferry.transfer.plan import Direction, PartBlocks
 
 logger = logging.getLogger(__name__)
+
+_MOST_LOAD_ENDS = 1024
+"""Of those that nobody asks for, the last are kept."""
 
 
 class JobEnds(Protocol):
@@ -76,6 +81,7 @@ class Mover:
         self._groups = frozenset(range(len(layouts)))
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
         self._writing: dict[int, Writing] = {}
+        self._load_ends: deque[LoadEnd] = deque(maxlen=_MOST_LOAD_ENDS)
 
     # -- within the pass ---------------------------------------------------------------------------------------------
 
@@ -99,7 +105,7 @@ class Mover:
 
     def load_beside(self, job: CopyJob, stream: Any) -> None:
         """Copy into the pool once the slots are filled, after the work that `stream` was given so far."""
-        task = Task(job.job_id, partial(self._run, Direction.TO_POOL, job, mark(stream)))
+        task = Task(job.job_id, partial(self._load, job, mark(stream), time.monotonic()))
         if job.ready:
             self._loads.submit(task)
         else:
@@ -130,12 +136,22 @@ class Mover:
         """Ids of jobs beside the passes that ended since the last call, and whether every byte was copied."""
         return self._loads.take_ended() | self._saves.take_ended()
 
+    def take_load_ends(self) -> list[LoadEnd]:
+        """How loads beside the passes ended since the last call."""
+        return [self._load_ends.popleft() for _ in range(len(self._load_ends))]
+
     def close(self) -> None:
         """End loads under way, then what runs beside the passes, then the copying threads."""
         self.end_loads()
         self._loads.close()
         self._saves.close()
         self._copier.close()
+
+    def _load(self, job: CopyJob, after: Any, since: float, wanted: bool) -> bool:
+        """The body of a load's task."""
+        ok = self._run(Direction.TO_POOL, job, after, wanted)
+        self._load_ends.append(LoadEnd(job.job_id, time.monotonic() - since, ok))
+        return ok
 
     def _run(self, direction: Direction, job: CopyJob, after: Any, wanted: bool) -> bool:
         """A task's body, in a thread of the background's."""

@@ -58,7 +58,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
             self._warn(why_not)
             return
         assert not isinstance(groups, UnknownLayout)
-        self._groups, options = groups, _fit(options, groups)
+        self._groups, options = groups, _fit(options, groups, vllm_config.parallel_config.pipeline_parallel_size)
         self._chunk_tokens = options.chunk_tokens
         engine = _engine(vllm_config)
         if role is KVConnectorRole.WORKER:
@@ -250,10 +250,12 @@ def _stream() -> Any:
     return torch.cuda.current_stream() if torch.cuda.is_available() else None
 
 
-def _fit(options: StoreOptions, groups: list[CacheGroup]) -> StoreOptions:
-    """Chunks of whole blocks: vLLM chooses the size of blocks, of hybrid models by the size of their states."""
+def _fit(options: StoreOptions, groups: list[CacheGroup], num_stages: int) -> StoreOptions:
+    """Chunks of whole blocks: vLLM chooses the size of blocks, of hybrid models by the size of their states. In a
+    pipeline more passes overlap than could be told apart, so how long each takes is not known."""
     block = groups[0].tokens_per_block
-    return replace(options, chunk_tokens=-(-options.chunk_tokens // block) * block)
+    load_when = options.load_when if num_stages == 1 else "always"
+    return replace(options, chunk_tokens=-(-options.chunk_tokens // block) * block, load_when=load_when)
 
 
 def _engine(vllm_config: Any) -> Engine:

@@ -163,6 +163,7 @@ class Choice:
 @dataclass(slots=True)
 class _Flight:
     hit: Hit
+    tier: Tier
     since: float
     has_begun: bool = False
 
@@ -273,7 +274,7 @@ class CostModel:
 
     def promise(self, job_id: int, hit: Hit) -> None:
         """A load is leased. It counts as in flight until `drop` or its end."""
-        self._flights[job_id] = _Flight(hit, self._clock())
+        self._flights[job_id] = _Flight(hit, hit.farthest, self._clock())
         self._in_flight.update(hit.num_bytes)
         self._show_flights()
 
@@ -281,14 +282,13 @@ class CostModel:
         """The movers were told of a load beside the passes."""
         if (flight := self._flights.get(job_id)) is not None:
             flight.since, flight.has_begun = self._clock(), True
-            busy = self._links[flight.hit.farthest].busy
+            busy = self._links[flight.tier].busy
             busy.since = min(busy.since, flight.since)
 
     def drop(self, job_id: int) -> None:
         """A load never began, or nobody knows how long it took."""
         if (flight := self._land(job_id)) is not None and flight.has_begun:
-            tier = flight.hit.farthest
-            self._links[tier].busy = _Busy(self._first_begun(tier))
+            self._links[flight.tier].busy = _Busy(self._first_begun(flight.tier))
 
     def end(self, ends: Iterable[LoadEnd]) -> None:
         """Loads beside the passes ended, perhaps told of by several ranks."""
@@ -301,7 +301,7 @@ class CostModel:
 
     def _measure(self, flight: _Flight, end: LoadEnd) -> None:
         """Loads of one tier share its speed, so it is measured over all that follow each other without a gap."""
-        tier, now = flight.hit.farthest, flight.since + end.seconds
+        tier, now = flight.tier, flight.since + end.seconds
         busy, first_begun = self._links[tier].busy, self._first_begun(tier)
         busy.num_bytes += flight.hit.num_bytes[tier]
         busy.has_failures |= not end.ok
@@ -333,13 +333,13 @@ class CostModel:
 
     def _first_begun(self, tier: Tier) -> float:
         """When the first of the tier's loads under way began; infinite if there is none."""
-        begun = (flight.since for flight in self._flights.values() if flight.has_begun and flight.hit.farthest is tier)
+        begun = (flight.since for flight in self._flights.values() if flight.has_begun and flight.tier is tier)
         return min(begun, default=math.inf)
 
     def _drop_lost(self) -> None:
-        now = self._clock()
-        for job_id in [job for job, flight in self._flights.items() if now - flight.since > _LOST_SECONDS]:
-            self.drop(job_id)
+        since = self._clock() - _LOST_SECONDS
+        while self._flights and self._flights[first := next(iter(self._flights))].since < since:
+            self.drop(first)
 
     def _show_flights(self) -> None:
         self._meter.set("load_bytes_in_flight", self._in_flight.total())

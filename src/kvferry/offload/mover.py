@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from kvferry.observability.metrics import Meter
 from kvferry.offload.background import Background, Readiness, Task
 from kvferry.offload.metadata import CopyJob
-from kvferry.store.arena import COMMITTED, Arena, Writing
+from kvferry.store.arena import COMMITTED, Arena, SlotLock
 from kvferry.transfer.copy import Copier, Copy, CopyEngine, mark
 from kvferry.transfer.layout import Layout
 from kvferry.transfer.plan import Direction, PartBlocks
@@ -51,7 +51,7 @@ class Mover:
     pass. ready_seconds: how long a load waits for lower tiers.
 
     Every job that is given here ends with one `done`: ok only if all its bytes were copied while all its slots were
-    still its own.
+    still its own, which they are from its first copy to its last (`Arena.begin_reading`, `begin_writing`).
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class Mover:
         self._saves = Background(f"kvferry-saves-{rank}")
         self._groups = frozenset(range(len(layouts)))
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
-        self._writing: dict[int, Writing] = {}
+        self._locks: dict[int, SlotLock] = {}
+        """By job id, from a job's first copy to its last."""
 
     # -- within the pass ---------------------------------------------------------------------------------------------
 
@@ -159,7 +160,7 @@ class Mover:
 
     def _submit(self, direction: Direction, job: CopyJob, groups: frozenset[int], after: Any) -> list[Copy] | None:
         """The copies of a job's parts of these groups under way; None: they cannot be made."""
-        if not self._may_copy(direction, job):
+        if not self._lock_slots(direction, job):
             return None
         copies = []
         try:
@@ -178,11 +179,11 @@ class Mover:
         return copies
 
     def _end(self, job: CopyJob, copies: list[Copy] | None) -> bool:
-        """Wait for a job's copies and tell the store. A slot that changed meanwhile makes them worthless."""
-        copied = copies is not None and self._finish(copies) and self._holds(job)
-        writing = self._writing.pop(job.job_id, None)
-        if writing is not None:
-            writing.end()
+        """Wait for a job's copies and tell the store."""
+        copied = copies is not None and self._finish(copies)
+        lock = self._locks.pop(job.job_id, None)
+        if lock is not None:
+            lock.end()
         self._store.done(job.job_id, self._rank, copied)
         return copied
 
@@ -198,19 +199,14 @@ class Mover:
                 ok = False
         return ok
 
-    def _may_copy(self, direction: Direction, job: CopyJob) -> bool:
-        """A job's slots are locked from its first copy out of the pool until its last has ended."""
-        if direction is Direction.TO_POOL or job.job_id in self._writing:
-            return self._holds(job)
-        writing = self._arena.begin_writing([part.slots[self._rank] for part in job.parts])
-        if writing is None:
+    def _lock_slots(self, direction: Direction, job: CopyJob) -> bool:
+        """Whether a job's slots are still its own; then they stay so until its last copy has ended."""
+        if job.job_id in self._locks:
+            return True
+        slots = [part.slots[self._rank] for part in job.parts]
+        lock = self._arena.begin_reading(slots) if direction is Direction.TO_POOL else self._arena.begin_writing(slots)
+        if lock is None:
             self.meter.add("jobs_with_lost_slots")
             return False
-        self._writing[job.job_id] = writing
+        self._locks[job.job_id] = lock
         return True
-
-    def _holds(self, job: CopyJob) -> bool:
-        held = all(self._arena.holds(part.slots[self._rank]) for part in job.parts)
-        if not held:
-            self.meter.add("jobs_with_lost_slots")
-        return held

@@ -75,6 +75,7 @@ class Mover:
         self._saves = Background(f"kvferry-saves-{rank}")
         self._groups = frozenset(range(len(layouts)))
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
+        self._ahead: list[Copy] = []
         self._locks: dict[int, SlotLock] = {}
         """By job id, from a job's first copy to its last."""
 
@@ -105,6 +106,23 @@ class Mover:
             self._loads.submit(task)
         else:
             self._loads.wait_for(task, lambda: self._readiness(job), self._ready_seconds)
+
+    def load_ahead(self, job: CopyJob, stream: Any) -> bool:
+        """Like `load_beside`, for blocks that count as filled at once: every later pass is to be ordered by
+        `order_after_loads`, and waits on the device while its kernels are being launched. False, and nothing has begun:
+        copies are not in the order of a device's work here, or the load cannot be made."""
+        if self._copier.cuda is None or not job.ready:
+            return False
+        copies = self._submit(Direction.TO_POOL, job, self._groups, mark(stream))
+        if copies is None:
+            return False
+        self._ahead += copies
+        self._loads.submit(Task(job.job_id, lambda _: self._end(job, copies)))
+        return True
+
+    def order_after_loads(self, stream: Any) -> None:
+        """What `stream` is given from now on comes after all that is loaded ahead."""
+        self._ahead = [copy for copy in self._ahead if copy.precede(stream)]
 
     def save(self, jobs: Sequence[CopyJob], stream: Any) -> None:
         """Copy out of the pool, after the work that `stream` was given so far. What passing groups have is copied when

@@ -43,6 +43,7 @@ ENVIRONMENT = {
     "LMCACHE_MAX_LOCAL_CPU_SIZE": "40",
     "LMCACHE_CHUNK_SIZE": "256",
 }
+TIMES = ("cold", "pool", "outside")
 SETTLE_SECONDS = 1.0  # for saves that run beside the passes
 
 
@@ -81,12 +82,12 @@ class Prompts:
 
 
 def measure(prompts: Prompts, num_tokens: int, evictor: dict[str, list[int]]) -> dict[str, Any]:
-    """Seconds and cached tokens of one new prompt: cold, from the pool, and twice after an eviction."""
+    """Seconds and cached tokens of one new prompt: cold, from the pool, and after an eviction."""
     prompt = prompts.draw(num_tokens)
     row: dict[str, Any] = {}
     answers = []
-    for name in ("cold", "pool", "outside", "again"):
-        if name in {"outside", "again"}:
+    for name in TIMES:
+        if name == "outside":
             prompts.run([evictor])
             time.sleep(SETTLE_SECONDS)
         row[name], [(tokens, row[f"{name}_cached_tokens"])] = prompts.run([prompt])
@@ -135,13 +136,13 @@ def measure_mode(mode: str, lengths: list[int], given: argparse.Namespace) -> No
     result: dict[str, Any] = {"mode": given.mode, "start_seconds": time.perf_counter() - start, "rows": []}
     prompts.run([prompts.draw(min(lengths))], 4)
     evictor = prompts.draw(max(lengths) + 4 * given.block_tokens)
-    print("  tokens   cold ms   pool ms  outside ms  again ms  hit tokens  same")
+    print("  tokens   cold ms   pool ms  outside ms  hit tokens  same")
     for length in lengths:
         rows = [measure(prompts, length, evictor) for _ in range(given.rounds)]
-        times = {name: statistics.median(row[name] for row in rows) for name in ("cold", "pool", "outside", "again")}
+        times = {name: statistics.median(row[name] for row in rows) for name in TIMES}
         hits, same = min(row["outside_cached_tokens"] for row in rows), all(row["same_tokens"] for row in rows)
         cells = [f"{1e3 * seconds:9.1f}" for seconds in times.values()]
-        print(f"{length:8}", *cells[:2], f"  {cells[2]}", *cells[3:], f"{hits:11}", f" {same}", flush=True)
+        print(f"{length:8}", *cells[:2], f"  {cells[2]}", f"{hits:11}", f" {same}", flush=True)
         result["rows"].append({"num_tokens": length, "median_seconds": times, "rounds": rows})
     prompts.run([prompts.draw(512) for _ in range(32)], 8)
     result["batch_of_32_seconds"], _ = prompts.run([prompts.draw(512) for _ in range(32)], 128)

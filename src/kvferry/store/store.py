@@ -43,7 +43,9 @@ from kvferry.store.tier import ByteTier
 
 logger = logging.getLogger(__name__)
 
-LEASE_SECONDS: Final = 60.0
+LEASE_SECONDS: Final = 600.0
+"""Longer than any pass, also of a slow machine: slots for what a pass saves are leased before it. Owners that die are
+noticed otherwise, and sooner."""
 WRITING_SHARE: Final = 4
 """At most one part in this many of the arena waits to be written to a tier: it cannot be evicted meanwhile."""
 _RECLAIM_SECONDS: Final = 0.1

@@ -234,13 +234,17 @@ class CudaCopier:
     def copy(self, plan: Plan, direction: Direction) -> None:
         """Enqueue on the direction's stream. Returns at once for registered memory; waits for most of the rest."""
         stream = self.streams[direction]
+        has_small_pages = (
+            plan.num_bytes < len(plan.sizes) * tuning.LARGEST_IN_DOUBT_BYTES
+        )  # before edges cut pieces off
         host = plan.sources if direction is Direction.TO_POOL else plan.destinations
         plan = self._pieces.cut(plan, host)
         host = plan.sources if direction is Direction.TO_POOL else plan.destinations
         pinned = self._pieces.split(host)
         direct, staged = plan.only(pinned), plan.only(~pinned)
-        self._tune_for(direct)
-        if not self._kernel.copy(direct, stream, self._tuning):
+        if has_small_pages:
+            self._tune_once()
+        if not (has_small_pages and self._kernel.copy(direct, stream, self._tuning)):
             self._runtime.copy(direct, direction, stream)
         if len(staged.sizes):
             with self._lock, torch.cuda.stream(stream):
@@ -260,9 +264,9 @@ class CudaCopier:
         self._pieces.want(list(range(len(self._pieces))))
         return self._pieces.wait(seconds)
 
-    def _tune_for(self, plan: Plan) -> None:
-        """Begin to measure, once, when first there are pages that either way might be the better one for."""
-        if self._tuner is None and plan.num_bytes < len(plan.sizes) * tuning.LARGEST_IN_DOUBT_BYTES:
+    def _tune_once(self) -> None:
+        """Begin to measure when first there are pages that either way might be the better one for."""
+        if self._tuner is None:
             self._tuner = threading.Thread(target=self._tune, name="kvferry-tune", daemon=True)
             self._tuner.start()
 

@@ -1,6 +1,6 @@
 """What a KV connector does to a real vLLM: time to first token cold, from vLLM's pool and from outside it, and a batch.
 
-    python benchmarks/vllm_ttft.py MODE [MODEL] [--lengths 2048,8192,32768] [--rounds 3] [--json FILE]
+    python benchmarks/vllm_ttft.py MODE [MODEL] [--lengths 2048,8192,32768] [--rounds 3]
 
 MODE: none, native (vLLM's OffloadingConnector) or lmcache (both on CUDA), example (vLLM's ExampleConnector), kvferry,
 server (kvferry with a cache server, which is started), or JSON of a KVTransferConfig. MODEL: a folder; without one,
@@ -43,7 +43,7 @@ ENVIRONMENT = {
     "LMCACHE_MAX_LOCAL_CPU_SIZE": "40",
     "LMCACHE_CHUNK_SIZE": "256",
 }
-SETTLE_SECONDS = 1.0  # for saves that run beside the passes
+TIMES = ("cold", "pool", "outside")
 
 
 def make_engine(mode: str, model: str | None, longest: int, block_tokens: int) -> Any:
@@ -80,18 +80,18 @@ class Prompts:
         return seconds, [(list(of.outputs[0].token_ids), of.num_cached_tokens) for of in answers]
 
 
-def measure(prompts: Prompts, num_tokens: int, evictor: dict[str, list[int]]) -> dict[str, Any]:
-    """Seconds and cached tokens of one new prompt: cold, from the pool, and twice after an eviction."""
+def measure(prompts: Prompts, num_tokens: int, evictor: dict[str, list[int]], settle: float) -> dict[str, Any]:
+    """Seconds and cached tokens of one new prompt: cold, from the pool, and after an eviction."""
     prompt = prompts.draw(num_tokens)
     row: dict[str, Any] = {}
     answers = []
-    for name in ("cold", "pool", "outside", "again"):
-        if name in {"outside", "again"}:
+    for name in TIMES:
+        if name == "outside":
             prompts.run([evictor])
-            time.sleep(SETTLE_SECONDS)
+            time.sleep(settle)
         row[name], [(tokens, row[f"{name}_cached_tokens"])] = prompts.run([prompt])
         answers.append(tokens)
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(settle)
     return row | {"same_tokens": all(tokens == answers[0] for tokens in answers)}
 
 
@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--block-tokens", type=int, default=16, help="of vLLM's blocks: 128 on a CPU")
     parser.add_argument("--vocabulary", type=int, default=40000)
+    parser.add_argument("--batch", type=int, default=32, help="requests of the batch; 0: none")
+    parser.add_argument("--settle", type=float, default=1.0, help="seconds that saves have after each request")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()
     if importlib.util.find_spec("vllm") is None:
@@ -135,17 +137,18 @@ def measure_mode(mode: str, lengths: list[int], given: argparse.Namespace) -> No
     result: dict[str, Any] = {"mode": given.mode, "start_seconds": time.perf_counter() - start, "rows": []}
     prompts.run([prompts.draw(min(lengths))], 4)
     evictor = prompts.draw(max(lengths) + 4 * given.block_tokens)
-    print("  tokens   cold ms   pool ms  outside ms  again ms  hit tokens  same")
+    print("  tokens   cold ms   pool ms  outside ms  hit tokens  same")
     for length in lengths:
-        rows = [measure(prompts, length, evictor) for _ in range(given.rounds)]
-        times = {name: statistics.median(row[name] for row in rows) for name in ("cold", "pool", "outside", "again")}
+        rows = [measure(prompts, length, evictor, given.settle) for _ in range(given.rounds)]
+        times = {name: statistics.median(row[name] for row in rows) for name in TIMES}
         hits, same = min(row["outside_cached_tokens"] for row in rows), all(row["same_tokens"] for row in rows)
         cells = [f"{1e3 * seconds:9.1f}" for seconds in times.values()]
-        print(f"{length:8}", *cells[:2], f"  {cells[2]}", *cells[3:], f"{hits:11}", f" {same}", flush=True)
+        print(f"{length:8}", *cells[:2], f"  {cells[2]}", f"{hits:11}", f" {same}", flush=True)
         result["rows"].append({"num_tokens": length, "median_seconds": times, "rounds": rows})
-    prompts.run([prompts.draw(512) for _ in range(32)], 8)
-    result["batch_of_32_seconds"], _ = prompts.run([prompts.draw(512) for _ in range(32)], 128)
-    print(f"32 x 512 tokens, 128 new ones each: {result['batch_of_32_seconds']:.2f} s")
+    if given.batch:
+        prompts.run([prompts.draw(512) for _ in range(given.batch)], 8)
+        result["batch_seconds"], _ = prompts.run([prompts.draw(512) for _ in range(given.batch)], 128)
+        print(f"{given.batch} x 512 tokens, 128 new ones each: {result['batch_seconds']:.2f} s")
     if given.json is not None:
         given.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 

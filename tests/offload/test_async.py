@@ -216,7 +216,7 @@ def test_slots_of_a_save_under_way_are_nobody_else_s_whatever_the_store_believes
     saving = engine.add(prompt(100), max_tokens=2)
     while not saving.is_finished:
         engine.step()
-    wait_until(lambda: any(store.mapping.is_written(slot) for slot in reserved_slots(engine)))
+    wait_until(lambda: any(store.mapping.is_locked(slot) for slot in reserved_slots(engine)))
     store.release("local")
     store.check()
     num_withdrawn = store.stats()["slots_withdrawn"]

@@ -199,6 +199,30 @@ time.sleep(60)
 """
 
 
+def test_slots_that_a_surviving_worker_reads_are_not_used(open_store: Open) -> None:
+    store = open_store(arena_bytes=300_000)
+    keys = keys_of(RANKED, 2, first_token=7)
+    save(store, RANKED, keys)
+    load = store.begin_load(RANKED, keys, 0)
+    assert load is not None
+    worker = Arena.attach(store.arena())
+    slots = [slot for part in load.parts for slot in part.slots]
+    reading = worker.begin_reading(slots)
+    assert reading is not None
+    store.close(keep_arena=True)
+    store = open_store(arena_bytes=300_000)
+    for prompt in range(20):
+        saved = save(store, RANKED, keys_of(RANKED, 2, first_token=100 + prompt))
+        assert not {slot.offset for part in saved.parts for slot in part.slots} & {slot.offset for slot in slots}
+    store.check()
+    reading.end()
+    worker.close()
+    store._reclaim_at = 0.0
+    store.poll()
+    assert store.stats()["slots_withdrawn"] == 0
+    found_in(store)
+
+
 def test_slots_that_a_surviving_worker_writes_to_are_not_used(open_store: Open) -> None:
     store = open_store(arena_bytes=300_000)
     keys = keys_of(RANKED, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +157,21 @@ def test_memory_that_runs_out_ends_the_arena(
     slots.give_back(taken[0])
     assert slots.take(4096, 0) is not None
     assert not slots.room({SlotClass(64, 0): 1}).enough(tight=True)
+    slots.close()
+
+
+def test_nobody_waits_while_pages_are_zeroed(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end, began = threading.Event(), threading.Event()
+
+    def zero(self: Arena, unit: int) -> None:
+        began.set()
+        assert may_end.wait(60)
+
+    monkeypatch.setattr(Arena, "populate", zero)
+    slots = SlotAllocator(arena)
+    assert began.wait(60), "the thread zeroes what nobody has taken yet"
+    assert len(take_all(slots, 4096)) == arena.num_units * slots_in(UNIT_BYTES, 4096)
+    may_end.set()
     slots.close()
 
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from kvferry.blocks import Geometry, GroupKind, Job, Slot, Tier
 from kvferry.config import StoreOptions
-from kvferry.store.arena import Arena, Writing
+from kvferry.store.arena import Arena, SlotLock
 from kvferry.store.base import PartName, Selection, Tally
 from kvferry.store.index import EntryId, EntryState
 from kvferry.store.keys import salt_tag
@@ -50,7 +50,7 @@ class Work:
     owner: str
     ranks: set[int]
     begun_at: float
-    writing: dict[int, Writing] = dataclasses.field(default_factory=dict)
+    writing: dict[int, SlotLock] = dataclasses.field(default_factory=dict)
     sound: bool = True
 
     def slots(self, rank: int) -> list[Slot]:

@@ -94,7 +94,7 @@ def test_reads_do_not_wait_behind_writes(make: Make, backend: FaultyByteStore) -
     reading: Future[bool] = Future()
     view = memoryview(bytearray(PART_BYTES))
     tier.get(name_of(0), view, reading.set_result, timeout_seconds=10.0)
-    while backend.num_gets < 1:
+    while backend.num_gets < 1 or backend.num_puts < 2:
         threading.Event().wait(0.001)
     assert backend.num_puts == 2, "one write of the three had begun, beside the first"
     backend.gate.set()

@@ -1,4 +1,4 @@
-"""Locks that tell who still writes: within a process, between processes, and of a process that is stopped or killed."""
+"""Locks that tell who still copies: within a process, between processes, and of a process that is stopped or killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from kvferry.errors import ArenaError
 from kvferry.store.arena import Arena
 from kvferry.store.locks import Range, joined, lock_ranges, locked_range
 from kvferry.store.store import Store
-from kvferry.testing.block_store import CHUNK_TOKENS, assert_copied, copy_in, full_geometry, keys_of, register
+from kvferry.testing.block_store import (
+    CHUNK_TOKENS,
+    assert_copied,
+    bytes_of,
+    copy_in,
+    full_geometry,
+    keys_of,
+    register,
+)
 
 GEOMETRY = full_geometry()
 
@@ -124,12 +132,62 @@ def test_writers_of_one_process_exclude_each_other(store: Store) -> None:
     assert attached.begin_writing(slots[1:]) is None
     last = attached.begin_writing(slots[2:])
     assert last is not None
-    assert [store.mapping.is_written(slot) for slot in slots] == [True] * 3
+    assert [store.mapping.is_locked(slot) for slot in slots] == [True] * 3
     first.end()
-    assert [attached.is_written(slot) for slot in slots] == [False, False, True]
+    assert [attached.is_locked(slot) for slot in slots] == [False, False, True]
     last.end()
     attached.close()
     store.cancel(job.job_id)
+
+
+def save(store: Store, first_token: int) -> set[int]:
+    """Four chunks, unless somebody is in the way. The offsets of what was written."""
+    keys = keys_of(GEOMETRY, 4, first_token=first_token)
+    job = store.begin_store(GEOMETRY, keys, 0)
+    if job is None:
+        return set()
+    slots = [part.slots[0] for part in job.parts]
+    writing = store.mapping.begin_writing(slots)
+    if writing is not None:
+        writing.end()
+        copy_in(store.mapping, job, keys, 0)
+    store.done(job.job_id, 0, writing is not None)
+    return {slot.offset for slot in slots} if writing is not None else set()
+
+
+@pytest.mark.parametrize("begins", ["before the lease lapses", "after the lease lapsed"])
+def test_nobody_writes_where_a_reader_is_that_outlives_its_lease(store: Store, clock: Clock, begins: str) -> None:
+    keys = keys_of(GEOMETRY, 4, first_token=7)
+    save(store, 7)
+    load = store.begin_load(GEOMETRY, keys, 0)
+    assert load is not None
+    slots = [part.slots[0] for part in load.parts]
+    if begins == "after the lease lapsed":
+        clock.now += 1e6
+        store.poll()
+    reading = store.mapping.begin_reading(slots)
+    others = store.mapping.begin_reading(slots)
+    assert reading is not None
+    assert others is not None, "readers share"
+    assert store.mapping.begin_writing(slots) is None
+    others.end()
+    clock.now += 1e6
+    written = set()
+    for prompt in range(40):
+        clock.now += 1
+        written |= save(store, 100 + prompt)
+        store.check()
+    assert store.stats()["evicted_entries"] > 0
+    assert written
+    assert not written & {slot.offset for slot in slots}
+    for part in load.parts:
+        assert bytes(store.mapping.view(part.slots[0])) == bytes_of(keys[part.chunk], part, 0)
+    reading.end()
+    for prompt in range(40):
+        clock.now += 1
+        written |= save(store, 200 + prompt)
+    assert written >= {slot.offset for slot in slots}
+    assert store.mapping.begin_reading(slots) is None
 
 
 def test_a_slot_that_keeps_another_part_is_not_written(store: Store) -> None:
@@ -137,14 +195,14 @@ def test_a_slot_that_keeps_another_part_is_not_written(store: Store) -> None:
     assert job is not None
     slot = job.parts[0].slots[0]
     assert store.mapping.begin_writing([slot, Slot(slot.offset, slot.num_bytes, slot.generation + 1)]) is None
-    assert not store.mapping.is_written(slot), "what was refused holds no lock"
+    assert not store.mapping.is_locked(slot), "what was refused holds no lock"
     store.cancel(job.job_id)
     assert store.mapping.begin_writing([slot]) is None
 
 
 def test_an_arena_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where /proc is not mounted: nothing could ever be stored."""
-    monkeypatch.setattr("kvferry.store.arena.lock_ranges", lambda *_: None)
+    monkeypatch.setattr("kvferry.store.arena.lock_ranges", lambda *_, **__: None)
     with pytest.raises(ArenaError, match="gives no locks"):
         Arena.create(1 << 20, str(tmp_path / "arenas"))
     assert not list((tmp_path / "arenas").iterdir())

@@ -5,17 +5,19 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from kvferry.transfer import tuning
 from kvferry.transfer.copy import Copier, CopyEngine, mark
 from kvferry.transfer.cuda import CudaError, Runtime
-from kvferry.transfer.kernels import SmallCopies
+from kvferry.transfer.kernels import SmallCopies, Tuning
 from kvferry.transfer.layout import Layout, read_regions
-from kvferry.transfer.plan import Direction, PartBlocks
+from kvferry.transfer.plan import Direction, PartBlocks, Plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,3 +111,26 @@ def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert 0 < found.kernel_below_bytes <= tuning.LARGEST_IN_DOUBT_BYTES
     monkeypatch.setattr(tuning, "_measure", None)
     assert tuning.find(device, kernel, runtime.copy) == found
+
+
+def test_the_kernel_s_first_lists_wait_for_who_had_their_memory() -> None:
+    """What torch allocates may have been freed by work that is enqueued and still to run."""
+    host = torch.zeros(1 << 16, dtype=torch.uint8, pin_memory=True)
+    device = torch.ones(1 << 16, dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.Stream()
+    plan = Plan(*(np.array([value], np.uint64) for value in (device.data_ptr(), host.data_ptr(), 1 << 16)))
+    small = SmallCopies(torch.device("cuda", 0))
+    assert small.copy(plan, stream, Tuning(1 << 30))  # compiles the kernel
+    torch.cuda.synchronize()
+    small = SmallCopies(torch.device("cuda", 0))
+    main = mark(torch.cuda.current_stream())
+    torch.cuda._sleep(2_000_000_000)
+    busy = mark(torch.cuda.current_stream())
+    assert small.copy(plan, stream, Tuning(1 << 30))
+    copied = mark(stream)
+    main.synchronize()
+    time.sleep(0.2)
+    assert not busy.query(), "a second's sleep, before the end of which this looks"
+    assert not copied.query()
+    torch.cuda.synchronize()
+    assert bool(host.all())

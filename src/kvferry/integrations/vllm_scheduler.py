@@ -155,6 +155,7 @@ class SchedulerHalf:
             if self._roles.may_store:
                 self._translate(output, translated)
             told.jobs = self._planner.plan(translated, output.num_scheduled_tokens)
+            told.is_idle = not output.num_scheduled_tokens and len(told.jobs.async_loads) == len(self._loading) == 1
             self._count(told.jobs)
             lost = {number: told.names[number] for number in told.jobs.lost_loads if number in told.names}
             told.lost = {number: self._loading[name] for number, name in lost.items() if name in self._loading}

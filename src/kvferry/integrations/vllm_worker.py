@@ -1,8 +1,9 @@
 """The worker half of vLLM's connector: begins the planner's jobs, and reports how they ended. Decides nothing.
 
-Every load runs beside the passes, so that one that fails is known before anything was computed from it: vLLM may have
-scheduled the next pass before it learns how this one went. Every save runs beside the passes too, except for groups
-whose blocks vLLM takes back while their request runs.
+Every load runs beside the passes, so that one that cannot be made is known before anything was computed from it: vLLM
+may have scheduled the next pass before it learns how this one went. On CUDA the only load of an idle engine counts as
+ended once its copies are enqueued, and the pass that waits for it is launched while they run. Every save runs beside
+the passes too, except for groups whose blocks vLLM takes back while their request runs.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ class WorkerHalf:
             self._mover.flush(jobs)
 
     def start_loads(self, stream: Any) -> None:
-        """Begin the step's loads."""
+        """Begin the step's loads, before `stream` is given the step's pass."""
+        if self._mover is not None:
+            self._mover.order_after_loads(stream)
         for number, block_ids in self._metadata.lost.items():
             self._blocks[number] = block_ids
             self._end_load(number, ok=False)
@@ -123,6 +126,9 @@ class WorkerHalf:
             self._blocks[number] = [block for part in job.parts for block in part.block_ids]
             if self._mover is None:
                 self._end_load(number, ok=False)
+                continue
+            if self._metadata.is_idle and self._mover.load_ahead(job, stream):
+                self._end_load(number, ok=True)
                 continue
             self._loads[job.job_id] = number
             self._mover.load_beside(job, stream)

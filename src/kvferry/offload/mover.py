@@ -13,14 +13,14 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from kvferry.observability.metrics import Meter
 from kvferry.offload.background import Background, Readiness, Task
 from kvferry.offload.metadata import CopyJob, LoadEnd
-from kvferry.store.arena import COMMITTED, Arena, Writing
+from kvferry.store.arena import COMMITTED, Arena, SlotLock
 from kvferry.transfer.copy import Copier, Copy, CopyEngine, mark
 from kvferry.transfer.layout import Layout
 from kvferry.transfer.plan import Direction, PartBlocks
@@ -56,7 +56,7 @@ class Mover:
     pass. ready_seconds: how long a load waits for lower tiers.
 
     Every job that is given here ends with one `done`: ok only if all its bytes were copied while all its slots were
-    still its own.
+    still its own, which they are from its first copy to its last (`Arena.begin_reading`, `begin_writing`).
     """
 
     def __init__(
@@ -80,8 +80,10 @@ class Mover:
         self._saves = Background(f"kvferry-saves-{rank}")
         self._groups = frozenset(range(len(layouts)))
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
-        self._writing: dict[int, Writing] = {}
+        self._ahead: list[Copy] = []
         self._load_ends: deque[LoadEnd] = deque(maxlen=_MOST_LOAD_ENDS)
+        self._locks: dict[int, SlotLock] = {}
+        """By job id, from a job's first copy to its last."""
 
     # -- within the pass ---------------------------------------------------------------------------------------------
 
@@ -105,11 +107,30 @@ class Mover:
 
     def load_beside(self, job: CopyJob, stream: Any) -> None:
         """Copy into the pool once the slots are filled, after the work that `stream` was given so far."""
-        task = Task(job.job_id, partial(self._load, job, mark(stream), time.monotonic()))
+        load = partial(self._run, Direction.TO_POOL, job, mark(stream))
+        task = Task(job.job_id, partial(self._timed, job.job_id, time.monotonic(), load))
         if job.ready:
             self._loads.submit(task)
         else:
             self._loads.wait_for(task, lambda: self._readiness(job), self._ready_seconds)
+
+    def load_ahead(self, job: CopyJob, stream: Any) -> bool:
+        """Like `load_beside`, for blocks that count as filled at once: every later pass is to be ordered by
+        `order_after_loads`, and waits on the device while its kernels are being launched. False, and nothing has begun:
+        copies are not in the order of a device's work here, or the load cannot be made."""
+        if self._copier.cuda is None or not job.ready:
+            return False
+        since = time.monotonic()
+        copies = self._submit(Direction.TO_POOL, job, self._groups, mark(stream))
+        if copies is None:
+            return False
+        self._ahead += copies
+        self._loads.submit(Task(job.job_id, partial(self._timed, job.job_id, since, lambda _: self._end(job, copies))))
+        return True
+
+    def order_after_loads(self, stream: Any) -> None:
+        """What `stream` is given from now on comes after all that is loaded ahead."""
+        self._ahead = [copy for copy in self._ahead if copy.precede(stream)]
 
     def save(self, jobs: Sequence[CopyJob], stream: Any) -> None:
         """Copy out of the pool, after the work that `stream` was given so far. What passing groups have is copied when
@@ -147,10 +168,10 @@ class Mover:
         self._saves.close()
         self._copier.close()
 
-    def _load(self, job: CopyJob, after: Any, since: float, wanted: bool) -> bool:
+    def _timed(self, job_id: int, since: float, load: Callable[[bool], bool], wanted: bool) -> bool:
         """The body of a load's task."""
-        ok = self._run(Direction.TO_POOL, job, after, wanted)
-        self._load_ends.append(LoadEnd(job.job_id, time.monotonic() - since, ok))
+        ok = load(wanted)
+        self._load_ends.append(LoadEnd(job_id, time.monotonic() - since, ok))
         return ok
 
     def _run(self, direction: Direction, job: CopyJob, after: Any, wanted: bool) -> bool:
@@ -175,7 +196,7 @@ class Mover:
 
     def _submit(self, direction: Direction, job: CopyJob, groups: frozenset[int], after: Any) -> list[Copy] | None:
         """The copies of a job's parts of these groups under way; None: they cannot be made."""
-        if not self._may_copy(direction, job):
+        if not self._lock_slots(direction, job):
             return None
         copies = []
         try:
@@ -194,11 +215,11 @@ class Mover:
         return copies
 
     def _end(self, job: CopyJob, copies: list[Copy] | None) -> bool:
-        """Wait for a job's copies and tell the store. A slot that changed meanwhile makes them worthless."""
-        copied = copies is not None and self._finish(copies) and self._holds(job)
-        writing = self._writing.pop(job.job_id, None)
-        if writing is not None:
-            writing.end()
+        """Wait for a job's copies and tell the store."""
+        copied = copies is not None and self._finish(copies)
+        lock = self._locks.pop(job.job_id, None)
+        if lock is not None:
+            lock.end()
         self._store.done(job.job_id, self._rank, copied)
         return copied
 
@@ -214,19 +235,14 @@ class Mover:
                 ok = False
         return ok
 
-    def _may_copy(self, direction: Direction, job: CopyJob) -> bool:
-        """A job's slots are locked from its first copy out of the pool until its last has ended."""
-        if direction is Direction.TO_POOL or job.job_id in self._writing:
-            return self._holds(job)
-        writing = self._arena.begin_writing([part.slots[self._rank] for part in job.parts])
-        if writing is None:
+    def _lock_slots(self, direction: Direction, job: CopyJob) -> bool:
+        """Whether a job's slots are still its own; then they stay so until its last copy has ended."""
+        if job.job_id in self._locks:
+            return True
+        slots = [part.slots[self._rank] for part in job.parts]
+        lock = self._arena.begin_reading(slots) if direction is Direction.TO_POOL else self._arena.begin_writing(slots)
+        if lock is None:
             self.meter.add("jobs_with_lost_slots")
             return False
-        self._writing[job.job_id] = writing
+        self._locks[job.job_id] = lock
         return True
-
-    def _holds(self, job: CopyJob) -> bool:
-        held = all(self._arena.holds(part.slots[self._rank]) for part in job.parts)
-        if not held:
-            self.meter.add("jobs_with_lost_slots")
-        return held

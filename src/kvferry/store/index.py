@@ -174,16 +174,16 @@ class Index:
         self._evictor.unpin(entry.id)
 
     def withdraw(self, entry: Entry) -> None:
-        """The entry is gone, but someone may still write to its slots: they stay unused until `reclaim`.
+        """The entry is gone, but someone may still copy to or from its slots: they stay unused until `reclaim`.
 
-        A writer that has not begun sees by the header that it must not.
+        Who has not begun sees by the header that it must not.
         """
         self._forget(entry)
         self._withdrawn.update(entry.slots)
 
     def reclaim(self) -> None:
-        """Use withdrawn slots again that nobody writes to any more."""
-        ended = [slot for slot in self._withdrawn if not self._arena.is_written(slot)]
+        """Use withdrawn slots again that nobody copies to or from any more."""
+        ended = [slot for slot in self._withdrawn if not self._arena.is_locked(slot)]
         self._withdrawn.difference_update(ended)
         for slot in ended:
             self._slots.give_back(slot)

@@ -1,9 +1,10 @@
-"""Locks of the kernel's on byte ranges of a file, for those who write to it. Knows ranges; not what lies there.
+"""Locks of the kernel's on byte ranges of a file, for those who copy to or from it. Knows ranges; not what lies there.
 
-A process may be stopped in the middle of a copy and go on at any later time, so no time-out proves that it writes no
-more. Its lock does: the kernel drops it when the writer lets go, or with the writer's process, whatever ended that,
+A process may be stopped in the middle of a copy and go on at any later time, so no time-out proves that it copies no
+more. Its lock does: the kernel drops it when the holder lets go, or with the holder's process, whatever ended that,
 also across containers that share nothing but the file. The locks belong to open file descriptions (F_OFD_SETLK): each
-writer opens the file anew, so writers exclude each other within a process as well, and an asker sees those of its own.
+holder opens the file anew, so writers exclude each other and readers within a process as well, and an asker sees those
+of its own.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ Range = tuple[int, int]
 """Bytes of a file: the first, and the first that is no more of it."""
 
 
-def lock_ranges(fd: int, ranges: Iterable[Range]) -> int | None:
-    """Lock ranges of the file that `fd` is open on. Returns a descriptor: closing it unlocks them. None: some of them
-    are locked already, or the kernel gives none."""
-    writer = -1
+def lock_ranges(fd: int, ranges: Iterable[Range], *, shared: bool = False) -> int | None:
+    """Lock ranges of the file that `fd` is open on, for oneself or shared with others who share them. Returns a
+    descriptor: closing it unlocks them. None: someone's lock is in the way, or the kernel gives none."""
+    kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
+    holder = -1
     try:
-        writer = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        holder = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         for start, end in joined(ranges):
-            fcntl.fcntl(writer, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, end - start, 0))
+            fcntl.fcntl(holder, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, end - start, 0))
     except OSError:
-        if writer >= 0:
-            os.close(writer)
+        if holder >= 0:
+            os.close(holder)
         return None
-    return writer
+    return holder
 
 
 def locked_range(fd: int, within: Range) -> Range | None:

@@ -1,4 +1,4 @@
-"""What a dead owner's arena still holds: entries that are whole, slots that someone still writes to, and free ones.
+"""What a dead owner's arena still holds: entries that are whole, slots that someone still copies, and free ones.
 
 A header is believed only if it fits its slab and its entry's other headers. Knows headers; no tier, no lease.
 """
@@ -20,8 +20,8 @@ class Found:
     """What is in an arena.
 
     entries: the headers and slots of each entry that is whole, by rank; those reserved first come first. withdrawn:
-    slots of nobody's that are still being written to. slabs: those with a slot of either kind. unusable: units in no
-    such slab that are still being written to.
+    slots of nobody's that someone still copies. slabs: those with a slot of either kind. unusable: units in no such
+    slab that someone still copies.
     """
 
     entries: list[list[tuple[SlotHeader, Slot]]] = field(default_factory=list)
@@ -33,13 +33,13 @@ class Found:
 def recover(arena: Arena) -> Found:
     """Look through an arena whose owner this process has become, and free all that is not whole.
 
-    Headers are cleared before it is asked who writes, so that no writer begins unseen.
+    Headers are cleared before it is asked who copies, so that nobody begins unseen.
     """
     slabs = arena.find_slabs()
     whole = _whole_entries(arena, slabs)
     keep = {slot.offset for entry in whole for _, slot in entry}
     _clear(arena, slabs, keep)
-    written = arena.written_ranges()
+    written = arena.locked_ranges()
     found = Found()
     for entry in whole:
         if any(_overlaps(slot.offset, slot_stride(slot.num_bytes), written) for _, slot in entry):

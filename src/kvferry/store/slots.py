@@ -1,8 +1,8 @@
 """Which slots of an arena are free. Knows sizes, ranks and slabs; not what lies in a slot.
 
 A slab has one slot stride and one rank. When its last slot is freed its units go back to the supply and may serve
-another size next; neighbours then make a longer run. A thread keeps memory claimed ahead of need, so that saving does
-not wait while the kernel zeroes pages.
+another size next; neighbours then make a longer run. A thread keeps memory claimed ahead of need, and then has the
+kernel zero it, so that saving waits for neither.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +21,8 @@ from kvferry.errors import InvariantError
 from kvferry.observability.log import OnceLog
 from kvferry.store.arena import Arena, slot_stride, slots_in
 
-_AHEAD_BYTES: Final = 128 << 20
+_AHEAD_BYTES: Final = 1 << 30
+"""A pass of 8,192 tokens may save as much, and the next one comes before as much again could be zeroed."""
 _LARGEST_SHARE: Final = 8
 """A slab is made longer, to leave less over, up to this part of the arena."""
 _MOST_LEFT_OVER: Final = 0.12
@@ -107,6 +108,8 @@ class UnitSupply:
         for unit in taken:
             self._units[unit] = _TAKEN
         self._ahead = max(1, min(_AHEAD_BYTES // arena.unit_bytes, arena.num_units // 4))
+        self._cold: deque[int] = deque()
+        """Claimed units whose pages may not have been zeroed."""
         self._changed = threading.Condition()
         self._closed = False
         self._log = OnceLog(logging.getLogger(__name__))
@@ -160,6 +163,7 @@ class UnitSupply:
             self._changed.acquire()
             self._changed.notify_all()
         self._units[unit] = _THERE
+        self._cold.append(unit)
         if failure is not None:
             self._units[unit] = _TAKEN
             self._units = self._units.replace(bytes([_BARE]), bytes([_TAKEN]))
@@ -171,8 +175,19 @@ class UnitSupply:
                 bare = self._units.find(_BARE)
                 if bare >= 0 and self._units.count(_COMING) + self._units.count(_THERE) < self._ahead:
                     self._claim(bare)
+                elif self._cold:
+                    self._warm(self._cold.popleft())
                 else:
                     self._changed.wait()
+
+    def _warm(self, unit: int) -> None:
+        """Have one unit's pages zeroed, the lock released meanwhile, if nobody has begun to use them."""
+        if self._units[unit] == _THERE:
+            self._changed.release()
+            try:
+                self._arena.populate(unit)
+            finally:
+                self._changed.acquire()
 
 
 @dataclass(slots=True, eq=False)

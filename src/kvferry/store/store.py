@@ -3,15 +3,15 @@
 One lock guards everything. Entries live in `index.Index`; this module knows jobs, leases, owners and tiers, and no
 engine, request or tensor.
 
-A slot that someone may still write to is never used again under them:
+A slot that someone may still copy to or from is never used again under them:
 
 ===================================  ======================================================================
 a store's lease lapses, its owner    its slots are withdrawn and lose their generation, so that no copy is begun
-is released, or it is cancelled      any more; they are used again once no writer has a lock on them
+is released, or it is cancelled      any more; they are used again once nobody has a lock on them
                                      (`Arena.begin_writing`), which is at once if none had begun
+a load's lease lapses, or the like   the same, if its copies have begun (`Arena.begin_reading`); a reader that
+                                     begins later, while the entry lasts, keeps all writers from its slots
 a load's wait for a tier ends        the entry stays PROMOTING until the tier's thread has returned
-a load's lease lapses                at once: a reader that comes late sees after its copy, by the
-                                     generation, that the bytes may be others, and counts it as failed
 ===================================  ======================================================================
 """
 
@@ -23,7 +23,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
@@ -43,7 +43,9 @@ from kvferry.store.tier import ByteTier
 
 logger = logging.getLogger(__name__)
 
-LEASE_SECONDS: Final = 60.0
+LEASE_SECONDS: Final = 600.0
+"""Longer than any pass, also of a slow machine: slots for what a pass saves are leased before it. Owners that die are
+noticed otherwise, and sooner."""
 WRITING_SHARE: Final = 4
 """At most one part in this many of the arena waits to be written to a tier: it cannot be evicted meanwhile."""
 _RECLAIM_SECONDS: Final = 0.1
@@ -220,8 +222,7 @@ class Store:
                 self._commit(lease)
             else:
                 self._meter.add("failed_stores")
-                for entry in lease.entries:
-                    self._index.drop(entry)
+                self._withdraw(lease.entries)
 
     def cancel(self, job_id: int) -> None:
         """See `BlockStore.cancel`. Promotions that are under way go on and are committed."""
@@ -362,6 +363,10 @@ class Store:
 
     def _promote(self, entry: Entry, source: ByteTier, seconds: float) -> None:
         entry.source = source.tier
+        if any(map(self._arena.is_locked, entry.slots)):  # by a reader whose lease lapsed before it began
+            entry.num_awaited = 1
+            self._arrived(entry, ok=False)
+            return
         entry.num_awaited = len(entry.slots)
         self._tiers.promote(entry, source, self._arena.view, self._arrived, seconds)
 
@@ -380,7 +385,7 @@ class Store:
             if entry.num_awaited:
                 return
             if entry.failed:
-                self._index.drop(entry)
+                self._withdraw([entry])
                 return
             self._index.commit(entry)
             entry.doubtful = False
@@ -449,12 +454,16 @@ class Store:
             self._index.unpin(entry)
 
     def _take_back(self, lease: Lease) -> None:
-        """End a job that will not be done. Its ranks may still write to its slots, if it is a store."""
+        """End a job that will not be done. Its ranks may still copy to or from its slots."""
         self._leases.end(lease)
+        entries = lease.entries
         if lease.job.kind is JobKind.LOAD:
             self._unpin(lease)
-            return
-        for entry in lease.entries:
+            entries = [entry for entry in entries if any(map(self._arena.is_locked, entry.slots))]
+        self._withdraw(entries)
+
+    def _withdraw(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
             self._index.withdraw(entry)
         self._reclaim(self._clock())
 

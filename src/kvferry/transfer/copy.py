@@ -47,6 +47,14 @@ class Copy:
         for _, event in self.steps[-1:]:
             event.synchronize()
 
+    def precede(self, stream: Any) -> bool:
+        """What `stream` is given from now on comes after every byte. False: they have all been copied already."""
+        for _, event in self.steps[-1:]:
+            if not event.query():
+                stream.wait_event(event)
+                return True
+        return False
+
     def wait_for_layer(self, layer: int, stream: Any) -> None:
         """What `stream` is given from now on comes after this layer's bytes. Raises what the copying raised."""
         for share in self.shares:

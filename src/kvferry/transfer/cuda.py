@@ -30,11 +30,13 @@ from kvferry.transfer.plan import Addresses, Direction, Plan
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES: Final = 64 << 20
-"""Registering takes about 0.04 s a GB, so a piece holds the driver up for 3 ms."""
+"""Registering takes about 0.04 s a GB, so a piece whose pages exist holds the driver up for 3 ms."""
 _PIECES_AHEAD: Final = 4
 _STAGE_BYTES: Final = 16 << 20
 _BATCH_WITH_FAIL_INDEX: Final = 12_080
 _BATCH_WITHOUT_FAIL_INDEX: Final = 13_000
+_LIBC: Final = ctypes.CDLL(None)
+_MADV_POPULATE_WRITE: Final = 23
 _DEVICE, _HOST = 1, 2
 """cudaMemLocationType."""
 _IN_STREAM_ORDER, _ANY_ORDER = 1, 3
@@ -84,7 +86,8 @@ class Runtime:
         self.call("cudaSetDevice", ctypes.c_int(self._device))
 
     def register(self, address: int, num_bytes: int) -> None:
-        """Pin host memory; pages that do not exist yet are made."""
+        """Pin host memory. Pages that do not exist yet are made first, while the driver is still free for others."""
+        _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), ctypes.c_int(_MADV_POPULATE_WRITE))
         self.call("cudaHostRegister", ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), ctypes.c_uint(0))
 
     def unregister(self, address: int) -> None:
@@ -231,13 +234,17 @@ class CudaCopier:
     def copy(self, plan: Plan, direction: Direction) -> None:
         """Enqueue on the direction's stream. Returns at once for registered memory; waits for most of the rest."""
         stream = self.streams[direction]
+        has_small_pages = (
+            plan.num_bytes < len(plan.sizes) * tuning.LARGEST_IN_DOUBT_BYTES
+        )  # before edges cut pieces off
         host = plan.sources if direction is Direction.TO_POOL else plan.destinations
         plan = self._pieces.cut(plan, host)
         host = plan.sources if direction is Direction.TO_POOL else plan.destinations
         pinned = self._pieces.split(host)
         direct, staged = plan.only(pinned), plan.only(~pinned)
-        self._tune_for(direct)
-        if not self._kernel.copy(direct, stream, self._tuning):
+        if has_small_pages:
+            self._tune_once()
+        if not (has_small_pages and self._kernel.copy(direct, stream, self._tuning)):
             self._runtime.copy(direct, direction, stream)
         if len(staged.sizes):
             with self._lock, torch.cuda.stream(stream):
@@ -257,9 +264,9 @@ class CudaCopier:
         self._pieces.want(list(range(len(self._pieces))))
         return self._pieces.wait(seconds)
 
-    def _tune_for(self, plan: Plan) -> None:
-        """Begin to measure, once, when first there are pages that either way might be the better one for."""
-        if self._tuner is None and plan.num_bytes < len(plan.sizes) * tuning.LARGEST_IN_DOUBT_BYTES:
+    def _tune_once(self) -> None:
+        """Begin to measure when first there are pages that either way might be the better one for."""
+        if self._tuner is None:
             self._tuner = threading.Thread(target=self._tune, name="kvferry-tune", daemon=True)
             self._tuner.start()
 

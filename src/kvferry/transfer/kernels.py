@@ -90,11 +90,18 @@ class SmallCopies:
         if addresses is None:
             addresses = _AddressList(self._device, num_copies)
             self._lists.append(addresses)
+            after_allocating(stream)
         with torch.cuda.stream(stream):
             destinations, sources, sizes = addresses.send(plan)
             grid = (min(num_programs, num_copies),)
             _move[grid](destinations, sources, sizes, num_copies, WORDS=_WORDS, num_warps=_NUM_WARPS)
             addresses.busy_until(stream)
+
+
+def after_allocating(stream: Any) -> None:
+    """To be called when memory that torch has just allocated is about to be used on `stream`: work that the engine has
+    enqueued on the current stream, and that is still to run, may use the same memory, which it freed."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
 
 
 class _AddressList:

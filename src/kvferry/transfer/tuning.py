@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from kvferry.transfer.kernels import SmallCopies, Tuning
+from kvferry.transfer.kernels import SmallCopies, Tuning, after_allocating
 from kvferry.transfer.plan import Direction, Plan
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def _measure(device: torch.device, kernel: SmallCopies, engines: Submit) -> Tuni
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     host = torch.empty(_SAMPLE_BYTES, dtype=torch.uint8, pin_memory=True)
     pool = torch.empty(2 * _SAMPLE_BYTES, dtype=torch.uint8, device=device)
+    after_allocating(stream)
     plans = {kib: _sample(host, pool, kib << 10) for kib in _PAGES_KIB}
 
     def seconds(tuning: Tuning, plan: Plan) -> float:

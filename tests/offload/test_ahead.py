@@ -1,0 +1,95 @@
+"""Loads ahead: their blocks count as filled once the copies are enqueued, and passes wait for them on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from kvferry.config import StoreOptions
+from kvferry.offload.metadata import CopyJob, PartCopy
+from kvferry.offload.mover import Mover
+from kvferry.offload.stores import RankArena
+from kvferry.store.store import Store
+from kvferry.testing.block_store import CHUNK_TOKENS, bytes_of, copy_in, full_geometry, keys_of, register
+from kvferry.transfer.layout import Layout, PoolSpec, read_pool_tensor
+from kvferry.transfer.plan import Direction
+
+GEOMETRY = full_geometry()
+KEYS = keys_of(GEOMETRY, 3)
+
+
+class Load(NamedTuple):
+    """A load that has not begun, and the bytes that it brings."""
+
+    mover: Mover
+    store: Store
+    job: CopyJob
+    expected: bytes
+
+
+@pytest.fixture
+def layout() -> Layout:
+    """Parts of the geometry's are four blocks of it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    page = GEOMETRY.groups[0].part_bytes // 4 // 2 // 4
+    spec = PoolSpec(num_heads=1, head_dim=page * 4 // CHUNK_TOKENS, tokens_per_block=CHUNK_TOKENS // 4, dtype="float32")
+    layout = read_pool_tensor(torch.zeros(16, 1, 2, page, device=device), spec, (0,))
+    assert isinstance(layout, Layout)
+    return layout
+
+
+@pytest.fixture
+def load(tmp_path: Path, layout: Layout) -> Load:
+    """Blocks 0 to 11 are to be filled."""
+    options = StoreOptions(chunk_tokens=CHUNK_TOKENS, l1_size_gb=0.001, arena_dir=str(tmp_path / "arenas"))
+    store = Store(options)
+    register(store, GEOMETRY)
+    saved = store.begin_store(GEOMETRY, KEYS, 0)
+    assert saved is not None
+    copy_in(store.mapping, saved, KEYS, 0)
+    store.done(saved.job_id, 0, True)
+    job = store.begin_load(GEOMETRY, KEYS, 0)
+    assert job is not None
+    parts = [PartCopy(0, part.slots, 0, list(range(4 * part.chunk, 4 * part.chunk + 4))) for part in job.parts]
+    mover = Mover(RankArena(store, store.mapping), [layout], CHUNK_TOKENS, 0)
+    return Load(mover, store, CopyJob(job.job_id, parts), b"".join(bytes_of(KEYS[of.chunk], of, 0) for of in job.parts))
+
+
+def end(mover: Mover, store: Store) -> None:
+    mover.close()
+    store.check()
+    assert store.stats()["leases"] == 0
+    store.close()
+
+
+def test_on_a_cpu_there_is_no_order_to_rely_on(load: Load) -> None:
+    mover, store, job, _ = load
+    if not torch.cuda.is_available():
+        assert not mover.load_ahead(job, None)
+    store.cancel(job.job_id)
+    end(mover, store)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and a CUDA build of torch")
+@pytest.mark.parametrize("is_ordered", [True, False])
+def test_a_pass_waits_on_the_device(load: Load, layout: Layout, is_ordered: bool) -> None:
+    mover, store, job, expected = load
+    stream = torch.cuda.current_stream()
+    assert mover._copier.cuda is not None
+    with torch.cuda.stream(mover._copier.cuda.streams[Direction.TO_POOL]):
+        torch.cuda._sleep(2_000_000_000)  # a second, before which no copy begins
+    assert mover.load_ahead(job, stream)
+    assert not mover.take_ended()
+    if is_ordered:
+        mover.order_after_loads(stream)
+    seen = layout.regions[0].pages[:12].clone().cpu().numpy().tobytes()
+    assert (seen == expected) == is_ordered
+    mover.flush([job.job_id])
+    assert mover.take_ended() == {job.job_id: True}
+    mover.order_after_loads(stream)
+    assert not mover._ahead
+    end(mover, store)

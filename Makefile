@@ -44,7 +44,7 @@ fmt: $(READY)
 	@$(BIN)/ruff check --fix $(SOURCES)
 
 faults: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_server_faults.py --fault-rounds $(ROUNDS) -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_server_faults.py --fault-rounds $(ROUNDS) -q -o faulthandler_timeout=0
 
 soak: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --seconds $(SECONDS)

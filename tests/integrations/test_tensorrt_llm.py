@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from kvferry.errors import ConfigError, ConnectorError
 from kvferry.integrations import tensorrt_llm as adapter
 from kvferry.integrations.weights import name_weights
 from kvferry.testing.models import VOCAB_SIZE, make_model
+from kvferry.testing.servers import PATIENT, ServerProcess
 
 CONNECTOR = KvCacheConnectorConfig(
     connector_module="kvferry.integrations.tensorrt_llm",
@@ -75,6 +76,26 @@ def test_hits_in_memory_and_on_disk_have_the_tokens_of_no_connector(
         warm, tokens = ask(llm)
     assert tokens == expected
     assert warm[:2] == [256, 256]
+
+
+@pytest.mark.parametrize("is_in_yaml", [True, False])
+def test_what_one_engine_saved_another_hits_in_a_server(
+    is_in_yaml: bool, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in PATIENT.items():
+        monkeypatch.setenv(f"KVFERRY_{name.upper()}", str(value))
+    with make_llm(models["llama"], None) as llm:
+        _, expected = ask(llm)
+    with ServerProcess(tmp_path, "--l1-size-gb", "0.05", "--chunk-size", str(CHUNK)) as server:
+        if not is_in_yaml:
+            monkeypatch.setenv("KVFERRY_SERVER_URL", server.url)
+        connector = replace(CONNECTOR, server_url=server.url) if is_in_yaml else CONNECTOR
+        for of_first in (0, 256):
+            with make_llm(models["llama"], connector) as llm:
+                hits, tokens = ask(llm)
+            assert tokens == expected
+            assert hits[:2] == [of_first, of_first]
+            assert hits[2] > 0
 
 
 def test_a_load_that_failed_ends_the_pass(models: dict[str, str]) -> None:
@@ -241,12 +262,12 @@ def test_what_the_host_does_not_tell_is_a_reason_to_keep_nothing(
 
 
 def test_wrong_options_end_the_start(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for arguments, variable, value, reason in (
-        ({}, "KVFERRY_CHUNK_TOKENS", "33", "chunk_tokens=33 is not a multiple"),
-        ({"kv_connector_config": SimpleNamespace(server_url="tcp://x:1")}, "KVFERRY_CHUNK_TOKENS", "64", "server_url"),
+    for url, chunk_tokens, reason in (
+        (None, 33, "chunk_tokens=33 is not a multiple"),
+        ("http://x:1", 64, "http://x:1"),
     ):
-        monkeypatch.setenv(variable, value)
-        host = Host(models["llama"], **arguments)
+        monkeypatch.setenv("KVFERRY_CHUNK_TOKENS", str(chunk_tokens))
+        host = Host(models["llama"], kv_connector_config=SimpleNamespace(server_url=url))
         with pytest.raises(ConfigError, match=reason):
             host.start()
         host.close()

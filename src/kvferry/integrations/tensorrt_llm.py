@@ -7,7 +7,8 @@ found out (the weights' name from the model's files, shapes from the pools thems
 TensorRT-LLM cannot be told to compute what failed to load. So loads are offered once their bytes lie in memory, and a
 load that fails all the same raises: TensorRT-LLM then ends the requests of that pass with an error.
 
-Options come from KVFERRY_* alone. Where TensorRT-LLM is not installed its names are kvferry's (`trtllm_namespace`).
+Options come from KVFERRY_* alone, except a server's address, which TensorRT-LLM's configuration may have. Where
+TensorRT-LLM is not installed its names are kvferry's (`trtllm_namespace`).
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
+from kvferry.config import KvCacheConfig, KvCacheConnectorConfig, load_options
 from kvferry.connector.config import LlmArgs
 from kvferry.connector.layout import KvCacheLayerGroupLayout, KvCacheLayout, KvCacheRegion, describe_pools
 from kvferry.errors import ConfigError, ConnectorError, KVFerryError
 from kvferry.integrations.trtllm_namespace import install
 from kvferry.integrations.weights import name_weights
 from kvferry.offload import connector as offload
+from kvferry.offload.stores import SERVER_PRESET
 
 install()
 
@@ -43,9 +45,6 @@ except ModuleNotFoundError:  # its older place
 
 logger = logging.getLogger(__name__)
 
-_CONNECTOR = KvCacheConnectorConfig(connector="kvferry", options={"async_load": "never"})
-"""Never beside the passes: TensorRT-LLM has no word for an asynchronous load that failed."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Begun:
@@ -61,10 +60,12 @@ _begun: list[_Begun] = []
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """What rank 0 tells the others. runtime_dir: where its store serves them; None where it is alone."""
+    """What rank 0 tells the others. server_url: the cache server's, if the store is one's. runtime_dir: where rank 0's
+    own store serves them; None where it is alone."""
 
     engine_id: str
     model_identity: str
+    server_url: str | None
     runtime_dir: str | None
 
 
@@ -229,9 +230,6 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
     def _make_origin(self) -> _Origin | None:
         """None, after a warning: nothing is kept."""
         host = self._llm_args
-        connector = getattr(host, "kv_connector_config", None)
-        if getattr(connector, "server_url", None) is not None:
-            raise ConfigError("server_url: kvferry's store lives in the engine under TensorRT-LLM, not in a server")
         reason = _unnameable(host)
         weights = name_weights(str(host.model), getattr(host, "revision", None)) if reason is None else None
         if weights is None:
@@ -242,10 +240,12 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
             return None
         if host.tensor_parallel_size > 1:
             self._folder = tempfile.TemporaryDirectory(prefix="kvferry-ranks-")
+        url = getattr(getattr(host, "kv_connector_config", None), "server_url", None)
         kv_dtype = getattr(host.kv_cache_config, "dtype", "auto")
         return _Origin(
             engine_id=uuid.uuid4().hex,
             model_identity=f"tensorrt_llm {tensorrt_llm.__version__}, {kv_dtype}: {weights}",
+            server_url=url or load_options({}).server_url,
             runtime_dir=self._folder.name if self._folder is not None else None,
         )
 
@@ -283,7 +283,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
             max_batch_size=getattr(host, "max_batch_size", None) or 1,
             max_num_tokens=getattr(host, "max_num_tokens", None) or 1,
             kv_cache_config=KvCacheConfig(tokens_per_block=self._tokens_per_block),
-            kv_connector_config=_CONNECTOR,
+            kv_connector_config=_own_connector(origin.server_url),
             tensor_parallel_size=host.tensor_parallel_size,
             rank=mpi_rank(),
             runtime_dir=origin.runtime_dir,
@@ -337,6 +337,12 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
             half.shutdown()
         if self._folder is not None:
             self._folder.cleanup()
+
+
+def _own_connector(server_url: str | None) -> KvCacheConnectorConfig:
+    """Never beside the passes: TensorRT-LLM has no word for an asynchronous load that failed."""
+    preset = "kvferry" if server_url is None else SERVER_PRESET
+    return KvCacheConnectorConfig(connector=preset, server_url=server_url, options={"async_load": "never"})
 
 
 def _unnameable(host: Any) -> str | None:

@@ -48,6 +48,8 @@ OPTIONS = {
         "disk_threads",
         "async_load",
         "async_load_bytes",
+        "load_when",
+        "max_load_bytes_in_flight",
         "load_deadline_seconds",
         "close_deadline_seconds",
         "server_url",

@@ -55,6 +55,14 @@ class StoreOptions:
         "auto", "which loads take their request out of the batch; auto: those from lower tiers, and large ones"
     )
     async_load_bytes: int = option(64_000_000, "bytes on one rank from which on a load is large", ge=0)
+    load_when: Literal["auto", "always"] = option(
+        "auto", "which hits are loaded; auto: those that are expected to take no longer than to compute them"
+    )
+    max_load_bytes_in_flight: int = option(
+        8_000_000_000,
+        "bytes on one rank that loads may wait for; beyond, hits are loaded only if known to be quicker",
+        ge=0,
+    )
     load_deadline_seconds: float = option(2.0, "longest that a request waits for lower tiers; then it computes", ge=0)
     close_deadline_seconds: float = option(10.0, "longest that closing waits for writes to lower tiers", ge=0)
     server_url: str | None = option(None, "where the cache server is; default a socket in the user's runtime folder")

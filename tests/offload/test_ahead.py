@@ -90,6 +90,7 @@ def test_a_pass_waits_on_the_device(load: Load, layout: Layout, is_ordered: bool
     assert (seen == expected) == is_ordered
     mover.flush([job.job_id])
     assert mover.take_ended() == {job.job_id: True}
+    assert [(told.job_id, told.ok) for told in mover.take_load_ends()] == [(job.job_id, True)]
     mover.order_after_loads(stream)
     assert not mover._ahead
     end(mover, store)

@@ -62,6 +62,7 @@ def test_cold_and_from_memory(engine: Engine, reference: list[list[int]]) -> Non
     assert engine.metric("vllm:kvferry_loaded_bytes") == engine.count("loaded_bytes") > 0
     assert engine.metric("vllm:kvferry_saved_bytes") == engine.count("stored_bytes") > 0
     assert engine.metric("vllm:kvferry_failed_loads") == 0
+    assert engine.count("load_bytes_in_flight") == 0, "all loads are reported with their end"
 
 
 def test_one_by_one_each_evicts_another(engine: Engine, reference: list[list[int]]) -> None:

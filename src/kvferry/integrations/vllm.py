@@ -58,7 +58,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
             self._warn(why_not)
             return
         assert not isinstance(groups, UnknownLayout)
-        self._groups, options = groups, _fit(options, groups)
+        self._groups, options = groups, _fit(options, groups, vllm_config.parallel_config.pipeline_parallel_size)
         self._chunk_tokens = options.chunk_tokens
         engine = _engine(vllm_config)
         if role is KVConnectorRole.WORKER:
@@ -106,9 +106,10 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: Any) -> None:
         if self._scheduler is not None:
             told = connector_output.kv_connector_worker_meta
-            failed = told.failed if isinstance(told, FerryWorkerMetadata) else set()
+            told = told if isinstance(told, FerryWorkerMetadata) else FerryWorkerMetadata()
+            self._scheduler.loads_ended(told.load_ends)
             saved, loaded = connector_output.finished_sending, connector_output.finished_recving
-            self._scheduler.take_in(saved or (), loaded or (), failed)
+            self._scheduler.take_in(saved or (), loaded or (), told.failed)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
@@ -184,8 +185,10 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
         return failed
 
     def build_connector_worker_meta(self) -> FerryWorkerMetadata | None:
-        failed = self._worker.take_failed() if self._worker is not None else set()
-        return FerryWorkerMetadata(failed) if failed else None
+        if self._worker is None:
+            return None
+        told = FerryWorkerMetadata(self._worker.take_failed(), self._worker.take_load_ends())
+        return told if told.failed or told.load_ends else None
 
     # -- both ----------------------------------------------------------------------------------------------------------
 
@@ -247,10 +250,12 @@ def _stream() -> Any:
     return torch.cuda.current_stream() if torch.cuda.is_available() else None
 
 
-def _fit(options: StoreOptions, groups: list[CacheGroup]) -> StoreOptions:
-    """Chunks of whole blocks: vLLM chooses the size of blocks, of hybrid models by the size of their states."""
+def _fit(options: StoreOptions, groups: list[CacheGroup], num_stages: int) -> StoreOptions:
+    """Chunks of whole blocks: vLLM chooses the size of blocks, of hybrid models by the size of their states. In a
+    pipeline more passes overlap than could be told apart, so how long each takes is not known."""
     block = groups[0].tokens_per_block
-    return replace(options, chunk_tokens=-(-options.chunk_tokens // block) * block)
+    load_when = options.load_when if num_stages == 1 else "always"
+    return replace(options, chunk_tokens=-(-options.chunk_tokens // block) * block, load_when=load_when)
 
 
 def _engine(vllm_config: Any) -> Engine:

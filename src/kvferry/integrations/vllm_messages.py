@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-from kvferry.offload.metadata import PassMetadata
+from kvferry.offload.metadata import LoadEnd, PassMetadata
 
 
 @dataclass
@@ -30,10 +30,12 @@ class FerryMetadata(KVConnectorMetadata):
 
 @dataclass
 class FerryWorkerMetadata(KVConnectorWorkerMetadata):
-    """Workers to scheduler, when there is something to tell. failed: requests a load of which failed on some worker."""
+    """Workers to scheduler, when there is something to tell. failed: requests a load of which failed on some worker.
+    load_ends: of all workers."""
 
     failed: set[str] = field(default_factory=set)
+    load_ends: list[LoadEnd] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> FerryWorkerMetadata:
         assert isinstance(other, FerryWorkerMetadata)
-        return FerryWorkerMetadata(self.failed | other.failed)
+        return FerryWorkerMetadata(self.failed | other.failed, self.load_ends + other.load_ends)

@@ -22,7 +22,8 @@ from kvferry.integrations.vllm_identity import Adapters, request_extras
 from kvferry.integrations.vllm_messages import FerryMetadata
 from kvferry.integrations.vllm_stores import Engine, open_for_scheduler
 from kvferry.observability.metrics import Meter
-from kvferry.offload.metadata import PassMetadata
+from kvferry.offload.cost import GAUGES
+from kvferry.offload.metadata import LoadEnd, PassMetadata
 from kvferry.offload.planner import Planner
 from kvferry.server.client import StoreClient
 from kvferry.store.keys import Extras
@@ -153,7 +154,7 @@ class SchedulerHalf:
             translated = SchedulerOutput()
             if self._roles.may_store:
                 self._translate(output, translated)
-            told.jobs = self._planner.plan(translated)
+            told.jobs = self._planner.plan(translated, output.num_scheduled_tokens)
             told.is_idle = not output.num_scheduled_tokens and len(told.jobs.async_loads) == len(self._loading) == 1
             self._count(told.jobs)
             lost = {number: told.names[number] for number in told.jobs.lost_loads if number in told.names}
@@ -185,6 +186,11 @@ class SchedulerHalf:
                 followed.may_load = False
                 followed.num_connector_matched_tokens = 0
 
+    def loads_ended(self, ends: Iterable[LoadEnd]) -> None:
+        """What workers say of how long loads took."""
+        if self._planner is not None:
+            self._planner.loads_ended(ends)
+
     @property
     def holds_blocks(self) -> bool:
         """Whether blocks of finished requests come back once their saves have ended."""
@@ -201,11 +207,11 @@ class SchedulerHalf:
         return {**stored, **(self._planner.meter.snapshot() if self._planner is not None else {})}
 
     def take_counts(self) -> dict[str, Any]:
-        """What was counted since the last call: of loads and saves begun, and how long loads took."""
+        """What was counted since the last call: of loads and saves begun, how long loads took, and what is now."""
         planned = self._planner.meter.snapshot() if self._planner is not None else {}
         counts = {**planned, **self._meter.snapshot()}
         news: dict[str, Any] = {
-            name: value - self._reported.get(name, 0)
+            name: value if name in GAUGES else value - self._reported.get(name, 0)
             for name, value in counts.items()
             if value != self._reported.get(name, 0)
         }

@@ -19,6 +19,7 @@ from kvferry.errors import ConfigError
 from kvferry.integrations.vllm_layout import CacheGroup
 from kvferry.integrations.vllm_messages import FerryMetadata
 from kvferry.integrations.vllm_stores import Engine, open_for_worker
+from kvferry.offload.metadata import LoadEnd
 from kvferry.offload.mover import Mover
 from kvferry.offload.stores import RankArena
 from kvferry.transfer.layout import Layout
@@ -159,6 +160,10 @@ class WorkerHalf:
         """The same, for the last time."""
         failed, self._failed = self._failed, set()
         return failed
+
+    def take_load_ends(self) -> list[LoadEnd]:
+        """How loads ended, and how long they took, since the last call."""
+        return self._mover.take_load_ends() if self._mover is not None else []
 
     def take_failed_blocks(self) -> set[int]:
         """The blocks that loads which failed since the last call should have filled."""

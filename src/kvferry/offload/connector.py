@@ -8,8 +8,10 @@ Knows no engine.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from kvferry.blocks import GroupKind
 from kvferry.config import StoreOptions, load_options
@@ -19,7 +21,7 @@ from kvferry.connector.layout import KvCacheLayout
 from kvferry.errors import ConfigError
 from kvferry.observability.log import set_level
 from kvferry.offload.identity import PoolGroup, check_chunk_tokens, identity, make_geometry
-from kvferry.offload.metadata import CopyJob, PassMetadata, RequestJob
+from kvferry.offload.metadata import CopyJob, LoadEnd, PassMetadata, RequestJob
 from kvferry.offload.mover import Mover
 from kvferry.offload.planner import Planner
 from kvferry.offload.pools import read_group, read_pool
@@ -30,6 +32,14 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+_LOAD_ENDS: WeakValueDictionary[str, deque[LoadEnd]] = WeakValueDictionary()
+"""By engine id, what the worker half of rank 0 says to the scheduler half, which is in its process, of how long loads
+take: the API has no way for it."""
+
+
+def _load_ends(engine_id: str) -> deque[LoadEnd]:
+    return _LOAD_ENDS.setdefault(engine_id, deque(maxlen=1024))
 
 
 def _options(llm_args: LlmArgs) -> StoreOptions:
@@ -48,6 +58,7 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
         self._options = _options(llm_args)
         self._store, self._close_store = open_for_scheduler(llm_args, self._options)
         self._planner: Planner | None = None
+        self._load_ends = _load_ends(llm_args.engine_id)
 
     def wait_for_initialization(self) -> None:
         geometry = self._store.geometry(self._llm_args.engine_id) if self._store is not None else None
@@ -77,7 +88,10 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
             self._planner.allocated(request, block_ids_by_layer_group)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PassMetadata:
-        return self._planner.plan(scheduler_output) if self._planner is not None else PassMetadata()
+        if self._planner is None:
+            return PassMetadata()
+        self._planner.loads_ended([self._load_ends.popleft() for _ in range(len(self._load_ends))])
+        return self._planner.plan(scheduler_output)
 
     def request_finished(self, request: Request, cache_block_ids: list[int]) -> bool:
         """True if anything of the request was ever saved: its last copies may be under way."""
@@ -127,6 +141,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         """Requests a load of which failed in this pass: nothing that it computes for them may be kept."""
         self._unreported: set[int] = set()
         self._beside = _Beside()
+        self._load_ends = _load_ends(llm_args.engine_id)
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
         """A pool in which all layers share block ids and keep every token. Errors as `register_kv_cache_layout`."""
@@ -246,6 +261,7 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         self._give_up_async_loads()
         if self._mover is not None:
             self._beside.take_in(self._mover.take_ended())
+            self._load_ends.extend(self._mover.take_load_ends())
         saved, loaded, failed = self._beside.report(finished_gen_req_ids, started_loading_req_ids)
         self._unreported.update(failed)
         return saved, loaded

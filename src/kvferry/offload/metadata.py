@@ -1,4 +1,4 @@
-"""What the planner tells the movers for one forward pass. Plain values that msgspec encodes; never a tensor."""
+"""What the planner tells the movers for a forward pass, and hears of loads. Values that msgspec encodes, no tensors."""
 
 from __future__ import annotations
 
@@ -47,3 +47,11 @@ class PassMetadata(msgspec.Struct, frozen=True):
     stores: list[RequestJob] = msgspec.field(default_factory=list)
     lost_loads: list[int] = msgspec.field(default_factory=list)
     cancelled_loads: list[int] = msgspec.field(default_factory=list)
+
+
+class LoadEnd(msgspec.Struct, frozen=True):
+    """How a load beside the passes ended on one rank, and how long it took from when the mover was told of it."""
+
+    job_id: int
+    seconds: float
+    ok: bool

@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from kvferry.observability.metrics import Meter
 from kvferry.offload.background import Background, Readiness, Task
-from kvferry.offload.metadata import CopyJob
+from kvferry.offload.metadata import CopyJob, LoadEnd
 from kvferry.store.arena import COMMITTED, Arena, SlotLock
 from kvferry.transfer.copy import Copier, Copy, CopyEngine, mark
 from kvferry.transfer.layout import Layout
 from kvferry.transfer.plan import Direction, PartBlocks
 
 logger = logging.getLogger(__name__)
+
+_MOST_LOAD_ENDS = 1024
+"""Of those that nobody asks for, the last are kept."""
 
 
 class JobEnds(Protocol):
@@ -76,6 +81,7 @@ class Mover:
         self._groups = frozenset(range(len(layouts)))
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
         self._ahead: list[Copy] = []
+        self._load_ends: deque[LoadEnd] = deque(maxlen=_MOST_LOAD_ENDS)
         self._locks: dict[int, SlotLock] = {}
         """By job id, from a job's first copy to its last."""
 
@@ -101,7 +107,8 @@ class Mover:
 
     def load_beside(self, job: CopyJob, stream: Any) -> None:
         """Copy into the pool once the slots are filled, after the work that `stream` was given so far."""
-        task = Task(job.job_id, partial(self._run, Direction.TO_POOL, job, mark(stream)))
+        load = partial(self._run, Direction.TO_POOL, job, mark(stream))
+        task = Task(job.job_id, partial(self._timed, job.job_id, time.monotonic(), load))
         if job.ready:
             self._loads.submit(task)
         else:
@@ -113,11 +120,12 @@ class Mover:
         copies are not in the order of a device's work here, or the load cannot be made."""
         if self._copier.cuda is None or not job.ready:
             return False
+        since = time.monotonic()
         copies = self._submit(Direction.TO_POOL, job, self._groups, mark(stream))
         if copies is None:
             return False
         self._ahead += copies
-        self._loads.submit(Task(job.job_id, lambda _: self._end(job, copies)))
+        self._loads.submit(Task(job.job_id, partial(self._timed, job.job_id, since, lambda _: self._end(job, copies))))
         return True
 
     def order_after_loads(self, stream: Any) -> None:
@@ -149,12 +157,22 @@ class Mover:
         """Ids of jobs beside the passes that ended since the last call, and whether every byte was copied."""
         return self._loads.take_ended() | self._saves.take_ended()
 
+    def take_load_ends(self) -> list[LoadEnd]:
+        """How loads beside the passes ended since the last call."""
+        return [self._load_ends.popleft() for _ in range(len(self._load_ends))]
+
     def close(self) -> None:
         """End loads under way, then what runs beside the passes, then the copying threads."""
         self.end_loads()
         self._loads.close()
         self._saves.close()
         self._copier.close()
+
+    def _timed(self, job_id: int, since: float, load: Callable[[bool], bool], wanted: bool) -> bool:
+        """The body of a load's task."""
+        ok = load(wanted)
+        self._load_ends.append(LoadEnd(job_id, time.monotonic() - since, ok))
+        return ok
 
     def _run(self, direction: Direction, job: CopyJob, after: Any, wanted: bool) -> bool:
         """A task's body, in a thread of the background's."""

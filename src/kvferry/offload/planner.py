@@ -16,9 +16,10 @@ Every request that has a lease here is in `_matched` or `_running`, and the leas
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -26,9 +27,12 @@ from kvferry.blocks import Geometry, GroupKind, Job, Part, Tier
 from kvferry.config import StoreOptions
 from kvferry.connector.api import NO_BLOCK, Request, RequestData, SchedulerOutput
 from kvferry.observability.metrics import Meter
-from kvferry.offload.metadata import CopyJob, PartCopy, PassMetadata, RequestJob
+from kvferry.offload.cost import CostModel, Hit, hits_within, num_within
+from kvferry.offload.metadata import CopyJob, LoadEnd, PartCopy, PassMetadata, RequestJob
 from kvferry.store.base import BlockStore
 from kvferry.store.keys import KEY_BYTES, Extras, KeyChain, root_key
+
+logger = logging.getLogger(__name__)
 
 _MOST_TRIES = 4
 """A match is repeated when what it found was gone or damaged on lower tiers; each try finds less."""
@@ -37,7 +41,7 @@ _MOST_UNALLOCATED = 1024
 """Requests that were matched and never heard of again are forgotten, the oldest first, beyond this many."""
 
 _OFFER_SECONDS = 5.0
-"""How long a request that is asked about in each step, as there is no room for it, keeps its offer."""
+"""How long a request that is asked about in each step, as there is no room for it, keeps its offer, or goes without."""
 
 BlockIds = Sequence[Sequence[int]]
 """A request's blocks in the order of its tokens, one list a layer group."""
@@ -80,6 +84,7 @@ class _Tracked:
 
     load: leased, and not with the movers yet. under_way: the asynchronous load that is with them, until the first pass.
     num_chunks: full chunks that were already offered to the store. saves: whether the movers were ever given any.
+    computes_until: its hit was not worth loading, and is not looked for again before.
     """
 
     request: Request
@@ -89,6 +94,7 @@ class _Tracked:
     block_ids: list[list[int]] = field(default_factory=list)
     num_chunks: int = 0
     saves: bool = False
+    computes_until: float = 0.0
 
 
 def salt_and_adapter(request: Request) -> Extras:
@@ -122,6 +128,7 @@ class Planner:
         self._options = options
         self._extras_of = extras_of
         self._clock = clock
+        self._cost = CostModel(options, self.meter, clock)
         self._matched: dict[int, _Tracked] = {}
         self._running: dict[int, _Tracked] = {}
         self._begun: list[int] = []
@@ -132,9 +139,8 @@ class Planner:
     def match(self, request: Request, num_computed_tokens: int, *, may_load: bool = True) -> Offer:
         """What of this request after the first `num_computed_tokens` is leased for it: nothing, unless `may_load`."""
         known = self._matched.get(request.request_id) or self._running.get(request.request_id)
-        if known is not None and may_load and self._still_leases(known, request, num_computed_tokens):
-            assert known.load is not None
-            return known.load.offer
+        if known is not None and may_load and self._is_decided(known, request, num_computed_tokens):
+            return known.load.offer if known.load else Offer()
         self._forget(request.request_id)
         while len(self._matched) >= _MOST_UNALLOCATED:
             self._forget(next(iter(self._matched)))
@@ -146,7 +152,7 @@ class Planner:
         chain.extend(tokens[chain.num_tokens :])
         tracked = self._matched[request.request_id] = _Tracked(request, chain)
         if may_load and num_computed_tokens % self._tokens_per_block == 0:  # the API has no name for part of a block
-            tracked.load = self._lease(chain, num_computed_tokens, request.cache_salt)
+            self._lease(tracked, num_computed_tokens)
         return tracked.load.offer if tracked.load else Offer()
 
     def allocated(self, request: Request, block_ids: BlockIds) -> None:
@@ -158,15 +164,17 @@ class Planner:
             self._running[request.request_id] = tracked
             load = tracked.load
             if load is not None and num_taken != load.num_tokens:
-                self._store.cancel(load.job.job_id)
+                self._cancel(load)
                 tracked.load = None
             elif load is not None and load.is_async:
                 self._begun.append(request.request_id)
         if num_taken and (tracked is None or tracked.load is None):
             self._lost_loads.append(request.request_id)
 
-    def plan(self, output: SchedulerOutput) -> PassMetadata:
-        """The jobs of the coming pass."""
+    def plan(self, output: SchedulerOutput, scheduled: Mapping[Hashable, int] | None = None) -> PassMetadata:
+        """The jobs of the coming pass. scheduled: tokens by request of all of it, where `output` does not say all."""
+        told = (*output.new_requests, *output.cached_requests)
+        self._cost.plan(scheduled if scheduled is not None else {of.request_id: of.num_scheduled_tokens for of in told})
         metadata = PassMetadata(lost_loads=self._lost_loads, cancelled_loads=self._cancelled)
         self._lost_loads, self._cancelled = [], []
         self._plan_async_loads(metadata)
@@ -186,6 +194,10 @@ class Planner:
                 self._plan_store(data, tracked, data.computed_position, metadata)
         return metadata
 
+    def loads_ended(self, ends: Iterable[LoadEnd]) -> None:
+        """What the movers say of loads beside the passes."""
+        self._cost.end(ends)
+
     def cancel_load(self, request_id: int, start: int, end: int) -> None:
         """Nobody wants tokens `start` to `end` loaded any more. A load of more than those goes on."""
         tracked = self._running.get(request_id)
@@ -193,7 +205,7 @@ class Planner:
         if tracked is None or load is None or start > load.start or end < load.end:
             return
         if tracked.load is not None:
-            self._store.cancel(load.job.job_id)
+            self._cancel(load)
             tracked.load = None
             self._lost_loads.append(request_id)
         else:
@@ -217,16 +229,14 @@ class Planner:
         for request_id in [*self._matched, *self._running]:
             self._forget(request_id)
 
-    def _still_leases(self, known: _Tracked, request: Request, num_computed_tokens: int) -> bool:
-        """Whether a request that waits for room can have the offer that it had a moment ago."""
+    def _is_decided(self, known: _Tracked, request: Request, num_computed_tokens: int) -> bool:
+        """Whether a request that waits for room can have the offer, or the refusal, that it had a moment ago."""
         load = known.load
-        return (
-            known.request is request
-            and load is not None
-            and load.start == num_computed_tokens
-            and self._clock() < load.offered_until
-            and request.request_id in self._matched
-        )
+        if known.request is not request or request.request_id not in self._matched:
+            return False
+        if load is None:
+            return self._clock() < known.computes_until
+        return load.start == num_computed_tokens and self._clock() < load.offered_until
 
     def _still_names(self, chain: KeyChain, num_tokens: int) -> bool:
         return chain.root == self._root and chain.num_tokens <= num_tokens
@@ -235,40 +245,75 @@ class Planner:
         for requests in (self._matched, self._running):
             tracked = requests.pop(request_id, None)
             if tracked is not None and tracked.load is not None:
-                self._store.cancel(tracked.load.job.job_id)
+                self._cancel(tracked.load)
+
+    def _cancel(self, load: _Load) -> None:
+        self._store.cancel(load.job.job_id)
+        self._cost.drop(load.job.job_id)
 
     # -- loads -------------------------------------------------------------------------------------------------------
 
-    def _lease(self, chain: KeyChain, start: int, salt: str | None) -> _Load | None:
-        """A lease on the longest stored prefix beyond `start`: one that may still be on its way into memory if its
-        request is to wait outside the batch, else one whose bytes are in memory.
+    def _lease(self, tracked: _Tracked, start: int) -> None:
+        """Lease the longest stored prefix beyond `start` that is worth loading: one that may still be on its way into
+        memory if its request is to wait outside the batch, else one whose bytes are in memory.
 
         The last token is left to the engine, which needs its logits; with it goes its block, since loads are whole
         blocks. Where not every group keeps all tokens, its parts are those of a boundary between chunks, so the load
         ends at one.
         Past the deadline only what already lies in memory counts.
         """
-        size = self._geometry.chunk_tokens if self._has_windows or self._state_groups else self._tokens_per_block
-        last = (chain.num_tokens - 1) // size * size
+        chain, salt = tracked.chain, tracked.request.cache_salt
         chunk_tokens = self._geometry.chunk_tokens
+        ends_with_chunk = bool(self._has_windows or self._state_groups)
+        size = chunk_tokens if ends_with_chunk else self._tokens_per_block
+        last = (chain.num_tokens - 1) // size * size
         deadline = self._clock() + self._options.load_deadline_seconds
         num_usable = -(-last // chunk_tokens)
         for _ in range(_MOST_TRIES):
             match = self._store.match(self._geometry, chain.keys[:num_usable])
-            num_chunks = match.num_chunks
+            tiers = match.tiers[: match.num_chunks]
             if self._clock() >= deadline:
-                near = [tier is Tier.MEMORY for tier in match.tiers]
-                num_chunks = near.index(False) if False in near else num_chunks
-            end = min(num_chunks * chunk_tokens, last)
-            if end <= start:
-                return None
-            num_chunks = -(-end // chunk_tokens)
-            job = self._store.begin_load(self._geometry, chain.keys[:num_chunks], start // chunk_tokens, salt=salt)
-            if job is not None:
-                is_async = self._leaves_batch(job)
-                if job.ready or is_async or self._is_ready_by(job.job_id, deadline):
-                    return _Load(job, start, end, match.tiers, is_async, self._clock() + _OFFER_SECONDS)
-        return None
+                tiers = tiers[: num_within(tiers, Tier.MEMORY)]
+            if min(len(tiers) * chunk_tokens, last) <= start:
+                return
+            hit = self._choose(tracked, tiers, start, last)
+            if hit is None:
+                return
+            if ends_with_chunk and hit.num_chunks < len(tiers):
+                num_usable = hit.num_chunks  # Not every boundary within a hit is one.
+                continue
+            began = self._clock()
+            keys = chain.keys[: hit.num_chunks]
+            job = self._store.begin_load(self._geometry, keys, start // chunk_tokens, salt=salt)
+            if job is None:
+                continue
+            is_async = self._leaves_batch(job)
+            is_ready = job.ready or is_async or self._is_ready_by(job.job_id, deadline)
+            if not (job.ready or is_async):
+                self._cost.waited(hit, self._clock() - began, ok=is_ready)
+            if is_ready:
+                end, until = start + hit.num_tokens, self._clock() + _OFFER_SECONDS
+                self._cost.promise(job.job_id, hit)
+                tracked.load = _Load(job, start, end, match.tiers, is_async, until)
+                return
+
+    def _choose(self, tracked: _Tracked, tiers: Sequence[Tier], start: int, last: int) -> Hit | None:
+        """How much to load of a hit whose chunks lie on these tiers: all, what lies on nearer ones, or nothing."""
+        hits = hits_within(self._geometry, tiers, start, last)
+        choice = self._cost.choose(hits)
+        if choice.hit is None:
+            tracked.computes_until = self._clock() + _OFFER_SECONDS
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "request %d: loads %d of %d tokens (%s): %.1f ms to load all, %.1f ms to compute them",
+                tracked.request.request_id,
+                choice.hit.num_tokens if choice.hit is not None else 0,
+                hits[0].num_tokens,
+                choice.reason,
+                1e3 * choice.load_seconds,
+                1e3 * choice.compute_seconds,
+            )
+        return choice.hit
 
     def _leaves_batch(self, job: Job) -> bool:
         """Whether a load is long enough for the request to wait for it outside the batch."""
@@ -317,7 +362,7 @@ class Planner:
             return 0
         if data.computed_position != load.start:
             # The pool holds other tokens than at the match: the load would leave a gap or write over shared blocks.
-            self._store.cancel(load.job.job_id)
+            self._cancel(load)
             metadata.lost_loads.append(data.request_id)
             return 0
         return load.num_tokens if self._order_load(data.request_id, load, tracked.block_ids, metadata) else 0
@@ -326,11 +371,12 @@ class Planner:
         """Put a load into the pass's metadata. False: a block that it needs does not exist, so it is lost."""
         parts = [copy for part in load.job.parts if (copy := self._load_copy(part, load, block_ids)).block_ids]
         if any(NO_BLOCK in part.block_ids for part in parts):
-            self._store.cancel(load.job.job_id)
+            self._cancel(load)
             metadata.lost_loads.append(request_id)
             return False
         orders = metadata.async_loads if load.is_async else metadata.loads
         orders.append(RequestJob(request_id, CopyJob(load.job.job_id, parts, load.job.ready)))
+        (self._cost.begin if load.is_async else self._cost.drop)(load.job.job_id)
         self._count(load)
         return True
 

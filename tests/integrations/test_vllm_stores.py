@@ -1,4 +1,4 @@
-"""The store inside a vLLM engine whose workers are other processes: who finds it, and what is left of it, without vLLM."""
+"""The store of a vLLM engine whose workers are other processes: who finds it, and what is left of it. Without vLLM."""
 
 from __future__ import annotations
 

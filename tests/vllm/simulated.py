@@ -175,9 +175,10 @@ class Simulation:
         self.worker.handle_preemptions(metadata)
         self.worker.bind_connector_metadata(metadata)
         mover = self.worker._worker._mover
-        if mover is not None and mover._background is not self.copies:
-            mover._background.close()
-            mover._background = self.copies
+        if mover is not None and mover._loads is not self.copies:
+            mover._loads.close()
+            mover._saves.close()
+            mover._loads = mover._saves = self.copies
         self.copies.run(self.choose.random(), failing)
         for block in output.new_block_ids_to_zero or ():
             self.raw[block] = 0

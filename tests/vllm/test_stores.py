@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
+import random
+import shutil
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm_engines import BLOCK, Engine, Expected, running, tokens
 
+from kvferry.testing.servers import PATIENT, ServerProcess, wait_until
 from kvferry.transfer.plan import Direction
 
 PROMPTS = [tokens(600 + 37 * seed, 50 + seed) for seed in range(4)]
 NUM_TOKENS = 12
-PATIENT = {"match_deadline_seconds": 2.0, "job_deadline_seconds": 2.0}
-"""So that a busy machine is no reason for a miss."""
-
 HITS = "vllm:external_prefix_cache_hits"
 
 
@@ -62,7 +59,7 @@ def break_next_load(engine: Engine) -> None:
 def test_from_disk_after_a_restart(
     model: Path, reference: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Damaged files are computed again, whatever vLLM's own policy for failed loads."""
+    """Damaged files are computed again."""
     disk = tmp_path_factory.mktemp("disk")
     settings: dict[str, Any] = {"extra": {"disk_path": str(disk)}, "num_gpu_blocks_override": 40}
     with running(model, **settings) as engine:
@@ -76,9 +73,9 @@ def test_from_disk_after_a_restart(
         engine.check()
 
 
-@pytest.mark.parametrize("policy", ["fail", "recompute"])
-def test_a_load_that_fails_is_computed(model: Path, reference: list[list[int]], policy: str) -> None:
-    with running(model, policy=policy, num_gpu_blocks_override=40) as engine:
+def test_a_load_that_fails_is_computed(model: Path, reference: list[list[int]]) -> None:
+    """Whatever vLLM's own policy for failed loads, which is to fail the request."""
+    with running(model, policy="fail", num_gpu_blocks_override=40) as engine:
         assert engine.generate(PROMPTS, NUM_TOKENS) == reference
         engine.clear_pool()
         break_next_load(engine)
@@ -87,34 +84,43 @@ def test_a_load_that_fails_is_computed(model: Path, reference: list[list[int]], 
         engine.check()
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    url = f"ipc://{tmp_path / 'server' / 'server.sock'}"
-    (tmp_path / "server").mkdir(mode=0o700)
-    command = [sys.executable, "-m", "kvferry", "server", "--socket", url, "--l1-size-gb", "0.2"]
-    process = subprocess.Popen([*command, "--arena-dir", str(tmp_path / "server")])
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "server" / "server.sock").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    yield url, process
-    process.terminate()
-    process.wait(30)
+def ask_while_dying(engine: Engine, server: ServerProcess, delay_seconds: float) -> list[list[int]]:
+    """The answers, while the server is killed after the delay."""
+    dying = threading.Timer(delay_seconds, server.kill)
+    dying.start()
+    try:
+        return engine.generate(PROMPTS, NUM_TOKENS)
+    finally:
+        dying.join()
 
 
-def test_a_cache_server(llama: Path, expected: Expected, server: tuple[str, subprocess.Popen[bytes]]) -> None:
-    """Killed, it is missed by nobody."""
-    reference = expected(llama, PROMPTS, NUM_TOKENS)
-    url, process = server
-    settings: dict[str, Any] = {"extra": {"server_url": url, **PATIENT}, "num_gpu_blocks_override": 40}
-    with running(llama, **settings) as engine:
-        assert engine.generate(PROMPTS, NUM_TOKENS) == reference
-        engine.settle()
-    with running(llama, **settings) as engine:
-        assert engine.generate(PROMPTS, NUM_TOKENS) == reference
-        assert engine.metric(HITS) >= len(PROMPTS) * 2 * BLOCK
-        engine.clear_pool()
-        process.send_signal(signal.SIGKILL)
-        assert engine.generate(PROMPTS, NUM_TOKENS) == reference
-        engine.settle()
+def test_a_cache_server_killed_at_any_moment(model: Path, reference: list[list[int]], tmp_path: Path) -> None:
+    """What one engine left there the next one finds, and the server's end is missed by nobody: neither when what it had
+    in memory is loaded, nor when it was just reading its disk, as after a reboot."""
+    choose = random.Random(0)
+    tmp_path.chmod(0o700)
+    settings: dict[str, Any] = {"num_gpu_blocks_override": 40}
+    disk = ["--disk-path", str(tmp_path / "disk")]
+    with ServerProcess(tmp_path, "--l1-size-gb", "0.2", *disk) as server:
+        settings["extra"] = {"server_url": server.url, **PATIENT}
+        with running(model, **settings) as engine:
+            assert engine.generate(PROMPTS, NUM_TOKENS) == reference
+            engine.settle()
+        with running(model, **settings) as engine:
+            began = time.monotonic()
+            assert engine.generate(PROMPTS, NUM_TOKENS) == reference
+            longest = time.monotonic() - began
+            assert engine.metric(HITS) >= len(PROMPTS) * 2 * BLOCK
+            hits = []
+            for round_number in range(6):
+                engine.clear_pool()
+                before = engine.metric(HITS)
+                assert ask_while_dying(engine, server, choose.uniform(0, longest)) == reference
+                engine.settle()
+                assert not (engine.half._held or engine.half._loading or engine.half._followed)
+                hits.append(engine.metric(HITS) - before)
+                if round_number % 2 == 0:
+                    shutil.rmtree(tmp_path / "arena")
+                server.start()
+                wait_until(engine.half._store.is_alive)
+            assert max(hits) >= len(PROMPTS) * 2 * BLOCK, "no server that came back was used"

@@ -4,8 +4,8 @@ processes. Knows neither half.
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,10 +14,14 @@ from typing import Final
 
 from kvferry.config import StoreOptions
 from kvferry.offload.stores import RankStore, open_rank_store, open_store
+from kvferry.server.endpoint import Endpoint, remove_stale
 from kvferry.store.base import BlockStore
 
 _SCHEDULER_SECONDS: Final = 600.0
 """When a worker complains that the scheduler's process serves no store: compiling comes first, and takes minutes."""
+
+_SOCKET_PREFIX: Final = "engine-"
+"""Of the names of sockets of engines, among those of other servers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +35,22 @@ class Engine:
     is_one_process: bool
 
     @property
-    def runtime_dir(self) -> Path:
-        """Where the scheduler's process serves its own store: a folder that only this user may enter."""
-        return Path(tempfile.gettempdir(), f"kvferry-{os.getuid()}", self.engine_id)
-
-    @property
     def ranks_url(self) -> str | None:
-        return None if self.is_one_process else f"ipc://{self.runtime_dir / 'store.sock'}"
+        """Where the scheduler's process serves its own store to the workers, if they are other processes."""
+        if self.is_one_process:
+            return None
+        name = hashlib.sha256(self.engine_id.encode()).hexdigest()[:16]  # Of any length and letters; paths are not.
+        return f"ipc://{Path(tempfile.gettempdir(), f'kvferry-{os.getuid()}', f'{_SOCKET_PREFIX}{name}.sock')}"
 
 
 def open_for_scheduler(engine: Engine, options: StoreOptions) -> tuple[BlockStore | None, Callable[[], None]]:
     """The store, or None if it cannot be made, which was logged; and what to call in the end."""
     if options.server_url is not None or engine.is_one_process:
         return open_store(engine.engine_id, engine.model, options, options.server_url, None)
-    engine.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    engine.runtime_dir.parent.chmod(0o700)
-    store, close_store = open_store(engine.engine_id, engine.model, options, None, engine.ranks_url)
-
-    def close() -> None:
-        close_store()
-        shutil.rmtree(engine.runtime_dir, ignore_errors=True)
-
-    return store, close
+    assert engine.ranks_url is not None
+    # vLLM kills its processes when they take long to end, and then nobody removes their files.
+    remove_stale(Endpoint.parse(engine.ranks_url), _SOCKET_PREFIX)
+    return open_store(engine.engine_id, engine.model, options, None, engine.ranks_url)
 
 
 def open_for_worker(engine: Engine, options: StoreOptions) -> tuple[RankStore | None, Callable[[], None]]:

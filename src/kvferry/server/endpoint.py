@@ -101,6 +101,17 @@ class Listener:
         path.chmod(0o600)
 
 
+def remove_stale(endpoint: Endpoint, prefix: str) -> None:
+    """Remove what dead servers left in the folder of `endpoint`, an ipc one, if its name begins with `prefix`."""
+    assert endpoint.path is not None
+    for path in endpoint.path.parent.glob(f"{prefix}*.sock"):
+        with contextlib.suppress(OSError, StoreError):  # It lives, or another removes it.
+            lock = _take_lock(path)
+            path.unlink(missing_ok=True)
+            _lock_path(path).unlink(missing_ok=True)
+            os.close(lock)
+
+
 def _lock_path(path: Path) -> Path:
     return path.with_name(path.name + ".lock")
 

@@ -204,3 +204,23 @@ def test_a_chunk_that_does_not_fit_is_foreseen(arena: Arena) -> None:
     assert fits(arena, [8 * UNIT_BYTES - 4096], 1)
     assert not fits(arena, [8 * UNIT_BYTES - 4095], 1)
     assert fits(arena, [UNIT_BYTES, 640], 2)
+
+
+def test_more_is_claimed_ahead_for_who_may_take_more_at_once(tmp_path: Path) -> None:
+    arena = Arena.create(1 << 30, str(tmp_path))
+    slots = SlotAllocator(arena)
+    memory = tmp_path.joinpath(arena.info.path)
+
+    def wait_for(num_bytes: int) -> None:
+        while memory.stat().st_blocks * 512 < num_bytes:
+            threading.Event().wait(0.001)
+
+    wait_for(7 * arena.unit_bytes)
+    assert memory.stat().st_blocks * 512 < 10 * arena.unit_bytes
+    slots.keep_ahead(12 * arena.unit_bytes)
+    wait_for(12 * arena.unit_bytes)
+    slots.keep_ahead(1 << 40)
+    wait_for(arena.num_units // 4 * arena.unit_bytes)
+    slots.close()
+    assert memory.stat().st_blocks * 512 < (arena.num_units // 4 + 1) * arena.unit_bytes
+    arena.close()

@@ -165,6 +165,10 @@ class Index:
             entries.append(entry)
         return entries
 
+    def expect(self, num_bytes: int) -> None:
+        """So much may be reserved at once: have memory for it ready as soon as can be."""
+        self._slots.keep_ahead(num_bytes)
+
     def commit(self, entry: Entry) -> None:
         """The entry's bytes are complete. Takes back the pin of `reserve`."""
         assert entry.state is not EntryState.COMMITTED, "an entry is committed once"

@@ -21,8 +21,7 @@ from kvferry.errors import InvariantError
 from kvferry.observability.log import OnceLog
 from kvferry.store.arena import Arena, slot_stride, slots_in
 
-_AHEAD_BYTES: Final = 1 << 30
-"""A pass of 8,192 tokens may save as much, and the next one comes before as much again could be zeroed."""
+_LEAST_AHEAD_BYTES: Final = 128 << 20
 _LARGEST_SHARE: Final = 8
 """A slab is made longer, to leave less over, up to this part of the arena."""
 _MOST_LEFT_OVER: Final = 0.12
@@ -107,12 +106,13 @@ class UnitSupply:
         self._units = bytearray(arena.num_units)
         for unit in taken:
             self._units[unit] = _TAKEN
-        self._ahead = max(1, min(_AHEAD_BYTES // arena.unit_bytes, arena.num_units // 4))
+        self._ahead = 0
         self._cold: deque[int] = deque()
         """Claimed units whose pages may not have been zeroed."""
         self._changed = threading.Condition()
         self._closed = False
         self._log = OnceLog(logging.getLogger(__name__))
+        self.keep_ahead(_LEAST_AHEAD_BYTES)
         self._thread = threading.Thread(target=self._claim_ahead, name="kvferry-claim", daemon=True)
         self._thread.start()
 
@@ -142,6 +142,13 @@ class UnitSupply:
         """Units of a slab that is no more. They keep their memory."""
         with self._changed:
             self._units[first : first + num_units] = bytes([_THERE]) * num_units
+
+    def keep_ahead(self, num_bytes: int) -> None:
+        """From now on have the memory of at least so much more claimed than is used, but no more than of a quarter."""
+        with self._changed:
+            units = min(-(-num_bytes // self._arena.unit_bytes), self._arena.num_units // 4)
+            self._ahead = max(1, self._ahead, units)
+            self._changed.notify_all()
 
     def close(self) -> None:
         """End the thread; wait until no claim is under way."""
@@ -356,6 +363,10 @@ class SlotAllocator:
             "units_free": self.free_units().count(1),
             "slots_free": self._num_free.total(),
         }
+
+    def keep_ahead(self, num_bytes: int) -> None:
+        """See `UnitSupply.keep_ahead`."""
+        self._supply.keep_ahead(num_bytes)
 
     def close(self) -> None:
         """End the claiming thread; nothing may be taken any more."""

@@ -48,6 +48,8 @@ LEASE_SECONDS: Final = 600.0
 noticed otherwise, and sooner."""
 WRITING_SHARE: Final = 4
 """At most one part in this many of the arena waits to be written to a tier: it cannot be evicted meanwhile."""
+_LARGE_PASS_TOKENS: Final = 8_192
+"""What such a pass saves should find memory that is there already."""
 _RECLAIM_SECONDS: Final = 0.1
 """How often it is asked whether withdrawn slots are still being written to."""
 
@@ -101,6 +103,8 @@ class Store:
                 raise ConfigError(f"engine {engine} registers with a store that is closed")
             self._registry.register(engine, rank, geometry)
             self._prune()
+            chunk_bytes = sum(group.part_bytes for group in geometry.groups) * geometry.num_ranks
+            self._index.expect(-(-_LARGE_PASS_TOKENS // geometry.chunk_tokens) * chunk_bytes)
 
     def unregister(self, engine: str) -> None:
         """The engine is gone; one of the same name may declare another geometry. What it stored stays."""

@@ -342,6 +342,7 @@ def test_memory_that_runs_out_is_no_room(rig: Rig, monkeypatch: pytest.MonkeyPat
         if (job := rig.store.begin_store(GEOMETRY, keys, 0)) is not None:
             rig.fill(job, keys)
         rig.store.check()
+        wait_until(lambda: not rig.store.stats()["parts_being_written_through"])  # they cannot be evicted
     assert rig.store.match(GEOMETRY, keys).num_chunks == 4
     assert rig.store.stats()["evicted_entries"] > 0
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from vllm_engines import BLOCK, Engine, Expected, running, tokens
 
+from kvferry.errors import ConfigError
 from kvferry.testing.servers import PATIENT, ServerProcess, wait_until
 from kvferry.transfer.plan import Direction
 
@@ -124,3 +125,34 @@ def test_a_cache_server_killed_at_any_moment(model: Path, reference: list[list[i
                 server.start()
                 wait_until(engine.half._store.is_alive)
             assert max(hits) >= len(PROMPTS) * 2 * BLOCK, "no server that came back was used"
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"server_url": "ipc:///nowhere/server.sock"}, "no cache server at ipc:///nowhere/server.sock"),
+        ({"arena_dir": "/proc/nowhere"}, "no arena can be made in /proc/nowhere"),
+    ],
+)
+def test_without_a_store_vllm_serves_and_says_why(
+    llama: Path, expected: Expected, caplog: pytest.LogCaptureFixture, extra: dict[str, Any], said: str
+) -> None:
+    """And says nothing else, as nobody is waited for."""
+    reference = expected(llama, PROMPTS, NUM_TOKENS)
+    with running(llama, num_gpu_blocks_override=40, extra=extra) as engine:
+        assert engine.generate(PROMPTS, NUM_TOKENS) == reference
+        engine.settle()
+    ours = {record.getMessage() for record in caplog.records if record.name.startswith("kvferry")}
+    assert len(ours) == 1 and said in ours.pop()
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"l1_size": 1}, "unknown option 'l1_size'.* did you mean 'l1_size_gb'"),
+        ({"server_url": "http://host:1"}, "neither ipc:///PATH nor tcp://HOST:PORT"),
+    ],
+)
+def test_a_wrong_option_is_refused(llama: Path, extra: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said), running(llama, extra=extra):
+        pass

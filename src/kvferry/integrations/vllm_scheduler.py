@@ -105,14 +105,16 @@ class SchedulerHalf:
         """Counts as they were when `take_counts` was last called."""
 
     def wait_for_workers(self, timeout_seconds: float) -> bool:
-        """Wait until all workers have registered. False: they have not, or there is no cache server, but may later."""
+        """Wait until all workers have registered. False: they have not, but may later. Without a store, or while its
+        server is off, which has been logged, there is nothing to wait for."""
         deadline = time.monotonic() + timeout_seconds
         while self._store is not None and not self._is_ready():
-            is_off = isinstance(self._store, StoreClient) and not self._store.is_alive()
-            if is_off or time.monotonic() >= deadline:
+            if isinstance(self._store, StoreClient) and not self._store.is_alive():
+                break
+            if time.monotonic() >= deadline:
                 return False
             time.sleep(_LOOK_SECONDS)
-        return self._store is not None
+        return True
 
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """vLLM's `get_num_new_matched_tokens`."""

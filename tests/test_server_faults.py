@@ -30,7 +30,7 @@ from kvferry.config import KvCacheConfig, KvCacheConnectorConfig, StoreOptions
 from kvferry.offload.connector import KVFerryConnectorScheduler, KVFerryConnectorWorker
 from kvferry.server.console import Console
 from kvferry.testing.fake_engine import VOCABULARY, FakeEngine, expected_kv, fake_llm_args
-from kvferry.testing.servers import ServerProcess, wait_until
+from kvferry.testing.servers import PATIENT, ServerProcess, wait_until
 
 from .faulty import POINTS, prompt
 
@@ -139,7 +139,7 @@ def engine_dies(point: str) -> Callable[[Scene], None]:
         finally:
             other.kill()
             other.wait()
-        with Console(scene.server.url, StoreOptions()) as console:
+        with Console(scene.server.url, StoreOptions(**PATIENT)) as console:
             wait_until(lambda: console.stats()["leases"] == 0, 2.0)
 
     return row
@@ -230,7 +230,7 @@ def run(row: Callable[[Scene], None], folder: Path, seed: int, stop_seconds: flo
         row(scene)
         scene.ask_until_back()
         engine.shutdown()
-        with Console(server.url, StoreOptions()) as console:
+        with Console(server.url, StoreOptions(**PATIENT)) as console:
             console.check()
             wait_until(lambda: console.stats()["leases"] == 0, 2.0)
     finally:

@@ -133,7 +133,8 @@ def serving(mode: str) -> Iterator[str]:
 
 def measure_mode(mode: str, lengths: list[int], given: argparse.Namespace) -> None:
     start = time.perf_counter()
-    prompts = Prompts(make_engine(mode, given.model, max(lengths), given.block_tokens), given.vocabulary)
+    llm = make_engine(mode, given.model, max(lengths), given.block_tokens)
+    prompts = Prompts(llm, given.vocabulary)
     result: dict[str, Any] = {"mode": given.mode, "start_seconds": time.perf_counter() - start, "rows": []}
     prompts.run([prompts.draw(min(lengths))], 4)
     evictor = prompts.draw(max(lengths) + 4 * given.block_tokens)
@@ -149,6 +150,7 @@ def measure_mode(mode: str, lengths: list[int], given: argparse.Namespace) -> No
         prompts.run([prompts.draw(512) for _ in range(given.batch)], 8)
         result["batch_seconds"], _ = prompts.run([prompts.draw(512) for _ in range(given.batch)], 128)
         print(f"{given.batch} x 512 tokens, 128 new ones each: {result['batch_seconds']:.2f} s")
+    llm.llm_engine.engine_core.shutdown()  # At its end Python waits for vLLM's processes before it ends them.
     if given.json is not None:
         given.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 

@@ -2,7 +2,8 @@
 
     python examples/vllm_twice.py MODEL [DOCUMENT]
 
-Needs vLLM and kvferry in one environment. docs/vllm.md says how to serve with it.
+Needs vLLM and kvferry in one environment. On CPUs, set VLLM_CPU_KVCACHE_SPACE to the GB of vLLM's own pool, such as 2.
+docs/vllm.md says how to serve with it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def ask(model: str, document: str) -> None:
     (answer,) = llm.generate([question], SamplingParams(max_tokens=40, temperature=0), use_tqdm=False)
     seconds = time.perf_counter() - start
     print(f"{seconds:.2f} s, {answer.num_cached_tokens} tokens from the cache:{answer.outputs[0].text}")
+    llm.llm_engine.engine_core.shutdown()  # The end of a process waits for vLLM's before it ends them.
 
 
 def main() -> None:
@@ -40,6 +42,8 @@ def main() -> None:
         )
         engine.start()
         engine.join()
+        if engine.exitcode:
+            raise SystemExit(engine.exitcode)
 
 
 if __name__ == "__main__":

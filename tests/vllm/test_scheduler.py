@@ -49,7 +49,7 @@ def test_every_step_reads_what_was_computed(llama: Path, groups: str, failing: f
     @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(st.integers(0, 2**32 - 1))
     def run(seed: int) -> None:
-        num_blocks = {"full": 40, "windows": 60, "states": 60, "all": 62}[groups]
+        num_blocks = {"full": 32, "windows": 40, "states": 46, "all": 50}[groups]
         simulation = Simulation(llama, GROUPS[groups], num_blocks, seed, overlap=overlap)
         try:
             drive(simulation, failing=failing)

@@ -320,8 +320,10 @@ def test_without_a_disk_folder_memory_serves(
 def test_shutdown_leaves_no_arena_and_no_thread(make_engine: MakeEngine, tmp_path: Path) -> None:
     engine = make_engine(args=NO_REUSE, disk_path=str(tmp_path / "disk"))
     engine.run(prompt(40))
-    assert list((tmp_path / "arena").glob("*.arena"))
+    maps = Path("/proc/self/maps")
+    assert str(tmp_path) in maps.read_text(encoding="utf-8")
     engine.shutdown()
+    assert str(tmp_path) not in maps.read_text(encoding="utf-8")
     assert not list(tmp_path.rglob("*.arena"))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvferry")]
 

@@ -65,6 +65,8 @@ class EmbeddedStores:
                 entry = self._entries[engine_id] = _Entry(_make_store(options))
                 if ranks_url is not None:
                     entry.serve(ranks_url, options)
+                elif entry.store is not None:
+                    entry.store.hide_arena()
             entry.num_users += 1
             return entry.store
 

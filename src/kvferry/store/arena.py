@@ -343,6 +343,10 @@ class Arena:
         generation, state = _GENERATION_AND_STATE.unpack_from(self.buffer, at)
         return int(state) if generation == slot.generation else None
 
+    def hide(self) -> None:
+        """Nobody else is going to map it: from now on its memory goes with this process, however that ends."""
+        self._path.unlink(missing_ok=True)
+
     def close(self, *, keep: bool = False) -> None:
         """Unmap, and as the owner remove the file unless it is to be kept. Memory that tensors or views still use lives
         as long as they. Calling it again does nothing.

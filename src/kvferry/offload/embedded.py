@@ -66,7 +66,7 @@ class EmbeddedStores:
                 if ranks_url is not None:
                     entry.serve(ranks_url, options)
                 elif entry.store is not None:
-                    entry.store.hide_arena()
+                    entry.store.mapping.hide()
             entry.num_users += 1
             return entry.store
 

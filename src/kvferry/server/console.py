@@ -68,19 +68,19 @@ class Console:
         return self._ask(protocol.AskClients(), protocol.Clients).clients
 
     def clear(self, selection: Selection) -> Tally:
-        """See `Store.clear`."""
+        """See `ManagedStore.clear`."""
         return self._ask(protocol.Clear(selection), protocol.Counted).tally
 
     def keep(self, selection: Selection, ttl_seconds: float) -> Tally:
-        """See `Store.keep`."""
+        """See `ManagedStore.keep`."""
         return self._ask(protocol.Keep(selection, ttl_seconds), protocol.Counted).tally
 
     def unkeep(self, selection: Selection) -> Tally:
-        """See `Store.unkeep`."""
+        """See `ManagedStore.unkeep`."""
         return self._ask(protocol.Unkeep(selection), protocol.Counted).tally
 
     def prefetch(self, model: protocol.Model, keys: Sequence[bytes], salt: str | None) -> Prefetch:
-        """See `Store.prefetch`."""
+        """See `ManagedStore.prefetch`."""
         return self._ask(protocol.Bring(model.root, protocol.join_keys(keys), salt), protocol.Brought).prefetch
 
     def check(self) -> None:

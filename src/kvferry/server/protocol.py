@@ -139,7 +139,7 @@ class AskModels(Question, frozen=True):
 
 
 class AskUsage(Question, frozen=True):
-    """`Store.usage`."""
+    """`ManagedStore.usage`."""
 
 
 class AskClients(Question, frozen=True):
@@ -147,26 +147,26 @@ class AskClients(Question, frozen=True):
 
 
 class Clear(Question, frozen=True):
-    """`Store.clear`."""
+    """`ManagedStore.clear`."""
 
     selection: Selection
 
 
 class Keep(Question, frozen=True):
-    """`Store.keep`."""
+    """`ManagedStore.keep`."""
 
     selection: Selection
     ttl_seconds: float
 
 
 class Unkeep(Question, frozen=True):
-    """`Store.unkeep`."""
+    """`ManagedStore.unkeep`."""
 
     selection: Selection
 
 
 class Bring(Question, frozen=True):
-    """`Store.prefetch`."""
+    """`ManagedStore.prefetch`."""
 
     root: bytes
     keys: bytes

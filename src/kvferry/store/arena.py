@@ -27,6 +27,7 @@ from typing import Final, NamedTuple, Self
 
 from kvferry.blocks import Slot
 from kvferry.errors import ArenaError
+from kvferry.memory import populate
 from kvferry.store.arena_file import default_folder, engine_file, server_file
 from kvferry.store.base import ArenaInfo
 from kvferry.store.locks import Range, joined, lock_ranges, locked_range
@@ -58,7 +59,6 @@ _STATE_OFFSET: Final = 8
 _STATE = struct.Struct("<Q")
 _GENERATION_AND_STATE = struct.Struct("<QQ")
 assert _SLOT_HEADER.size == _HEADER_BYTES
-_MADV_POPULATE_WRITE: Final = 23
 _UNITS: Final = 64
 _LEAST_UNIT_BYTES, _MOST_UNIT_BYTES = 4 << 10, 32 << 20
 
@@ -213,12 +213,9 @@ class Arena:
 
     def populate(self, unit: int) -> None:
         """Have a claimed unit's pages zeroed and mapped here, so that the first copy does not wait for it. Takes longer
-        than the claim. By ctypes: `mmap.madvise` keeps the GIL."""
-        offset = self.unit_offset(unit)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer, offset))
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(address), ctypes.c_size_t(self.unit_bytes), ctypes.c_int(_MADV_POPULATE_WRITE)
-        )
+        than the claim."""
+        first = ctypes.c_char.from_buffer(self.buffer, self.unit_offset(unit))
+        populate(ctypes.addressof(first), self.unit_bytes)
 
     def format_slab(self, first: int, num_units: int, stride: int, rank: int) -> list[int]:
         """Make claimed units that no slab has into a slab of slots of this stride; all are free. Returns their offsets,

@@ -39,20 +39,20 @@ def recover(arena: Arena) -> Found:
     whole = _whole_entries(arena, slabs)
     keep = {slot.offset for entry in whole for _, slot in entry}
     _clear(arena, slabs, keep)
-    written = arena.locked_ranges()
+    locked = arena.locked_ranges()
     found = Found()
     for entry in whole:
-        if any(_overlaps(slot.offset, slot_stride(slot.num_bytes), written) for _, slot in entry):
+        if any(_overlaps(slot.offset, slot_stride(slot.num_bytes), locked) for _, slot in entry):
             for _, slot in entry:
                 arena.set_state(slot, FREE)
                 keep.discard(slot.offset)
         else:
             found.entries.append(entry)
     for slab in slabs:
-        _take_stock(arena, slab, keep, written, found)
+        _take_stock(arena, slab, keep, locked, found)
     used = {unit for slab in found.slabs for unit in slab.units}
     for unit in set(range(arena.num_units)) - used:
-        if _overlaps(arena.unit_offset(unit), arena.unit_bytes, written):
+        if _overlaps(arena.unit_offset(unit), arena.unit_bytes, locked):
             found.unusable.append(unit)
     return found
 
@@ -90,12 +90,12 @@ def _clear(arena: Arena, slabs: Sequence[FoundSlab], keep: set[int]) -> None:
                 arena.set_state(Slot(offset, header.num_bytes, header.generation), FREE)
 
 
-def _take_stock(arena: Arena, slab: FoundSlab, keep: set[int], written: Sequence[Range], found: Found) -> None:
+def _take_stock(arena: Arena, slab: FoundSlab, keep: set[int], locked: Sequence[Range], found: Found) -> None:
     free = []
     for offset in reversed(slab.offsets):
         if offset in keep:
             continue
-        if _overlaps(offset, slab.stride, written):
+        if _overlaps(offset, slab.stride, locked):
             found.withdrawn.append(Slot(offset, slab.stride, 0))
         else:
             free.append(offset)

@@ -169,9 +169,10 @@ class UnitSupply:
         finally:
             self._changed.acquire()
             self._changed.notify_all()
-        self._units[unit] = _THERE
-        self._cold.append(unit)
-        if failure is not None:
+        if failure is None:
+            self._units[unit] = _THERE
+            self._cold.append(unit)
+        else:
             self._units[unit] = _TAKEN
             self._units = self._units.replace(bytes([_BARE]), bytes([_TAKEN]))
             self._log.warn("full", "shared memory is full: the arena ends after %d units: %s", unit, failure)

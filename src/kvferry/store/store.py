@@ -96,10 +96,6 @@ class Store:
         self._answered = threading.Condition(self._lock)
         self._closed = False
 
-    def hide_arena(self) -> None:
-        """See `Arena.hide`."""
-        self._arena.hide()
-
     def register(self, engine: str, rank: int, geometry: Geometry) -> None:
         """See `BlockStore.register`."""
         with self._lock:

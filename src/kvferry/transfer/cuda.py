@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvferry.memory import populate
 from kvferry.observability.log import OnceLog
 from kvferry.transfer import tuning
 from kvferry.transfer.host import move
@@ -35,8 +36,6 @@ _PIECES_AHEAD: Final = 4
 _STAGE_BYTES: Final = 16 << 20
 _BATCH_WITH_FAIL_INDEX: Final = 12_080
 _BATCH_WITHOUT_FAIL_INDEX: Final = 13_000
-_LIBC: Final = ctypes.CDLL(None)
-_MADV_POPULATE_WRITE: Final = 23
 _DEVICE, _HOST = 1, 2
 """cudaMemLocationType."""
 _IN_STREAM_ORDER, _ANY_ORDER = 1, 3
@@ -87,7 +86,7 @@ class Runtime:
 
     def register(self, address: int, num_bytes: int) -> None:
         """Pin host memory. Pages that do not exist yet are made first, while the driver is still free for others."""
-        _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), ctypes.c_int(_MADV_POPULATE_WRITE))
+        populate(address, num_bytes)
         self.call("cudaHostRegister", ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), ctypes.c_uint(0))
 
     def unregister(self, address: int) -> None:
@@ -234,9 +233,8 @@ class CudaCopier:
     def copy(self, plan: Plan, direction: Direction) -> None:
         """Enqueue on the direction's stream. Returns at once for registered memory; waits for most of the rest."""
         stream = self.streams[direction]
-        has_small_pages = (
-            plan.num_bytes < len(plan.sizes) * tuning.LARGEST_IN_DOUBT_BYTES
-        )  # before edges cut pieces off
+        # Of the pages as they are: what the edge of a piece cuts off is small and says nothing of them.
+        has_small_pages = plan.num_bytes < len(plan.sizes) * tuning.LARGEST_IN_DOUBT_BYTES
         host = plan.sources if direction is Direction.TO_POOL else plan.destinations
         plan = self._pieces.cut(plan, host)
         host = plan.sources if direction is Direction.TO_POOL else plan.destinations

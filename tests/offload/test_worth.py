@@ -32,6 +32,12 @@ PART_BYTES = 2_000_000
 WINDOW = GroupSpec(GroupKind.WINDOW, (1,), PART_BYTES, window_tokens=CHUNK)
 
 
+@pytest.fixture(autouse=True)
+def parts_are_evident(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a small arena."""
+    monkeypatch.setattr(cost, "_EVIDENT_BYTES", PART_BYTES)
+
+
 class Case(Hand):
     """A planner with a clock of its own, whose loads run beside the passes and take as long as the test says."""
 

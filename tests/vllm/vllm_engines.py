@@ -92,7 +92,8 @@ def make_engine(model: Path, *, connector: bool = True, policy: str = "fail", **
     """An engine of small pool and passes. Settings are vLLM's, and `extra` for kvferry's options."""
     from vllm import LLM
 
-    extra = {"l1_size_gb": 0.2, **settings.pop("extra", {})}
+    # Every hit is loaded, so that tests know which: with these small models computing it may well be as fast.
+    extra = {"l1_size_gb": 0.2, "load_when": "always", **settings.pop("extra", {})}
     given = {
         "dtype": "float32",
         "block_size": BLOCK,

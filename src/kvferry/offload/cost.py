@@ -38,8 +38,8 @@ _PROMPT_TOKENS = 32
 """A request that computes so many tokens in a pass computes its prompt: decode steps, also with drafts, are shorter."""
 
 _EVIDENT_TOKENS, _EVIDENT_PASS_SECONDS = 64, 0.005
-_EVIDENT_BYTES = 1_000_000
-"""Smaller passes and loads say what it costs to begin one, not how fast they are."""
+_EVIDENT_BYTES = 8_000_000
+"""Smaller passes and loads say what it costs to begin one, or to wait for a core, not how fast they are."""
 
 _OBSERVATIONS, _ENOUGH = 16, 3
 _HALF_LIFE_SECONDS = 15.0

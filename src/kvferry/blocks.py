@@ -42,12 +42,15 @@ class GroupSpec:
     """One group of layers.
 
     `part_bytes` is one rank's bytes of this group of one chunk; `window_tokens` is set for `GroupKind.WINDOW` alone.
+    is_shared: all ranks have equal bytes, as of the latents of multi-head latent attention: rank 0 saves the only part,
+    and every rank loads it.
     """
 
     kind: GroupKind
     layers: tuple[int, ...]
     part_bytes: int
     window_tokens: int | None = None
+    is_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,15 @@ class Geometry:
     num_ranks: int
     groups: tuple[GroupSpec, ...]
 
+    def num_parts(self, group: int) -> int:
+        """Parts that a chunk has of this group."""
+        return 1 if self.groups[group].is_shared else self.num_ranks
+
+    @property
+    def chunk_bytes(self) -> int:
+        """All parts of a chunk."""
+        return sum(spec.part_bytes * self.num_parts(group) for group, spec in enumerate(self.groups))
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -80,7 +92,8 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One group of one chunk of a job. `chunk` counts from the prompt's start; `slots[rank]` is that rank's slot."""
+    """One group of one chunk of a job. `chunk` counts from the prompt's start; `slots[rank]` is that rank's slot, or
+    there is one that all ranks share."""
 
     chunk: int
     group: int

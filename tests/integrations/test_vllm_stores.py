@@ -21,7 +21,7 @@ from kvferry.config import StoreOptions
 from kvferry.integrations.vllm_stores import Engine, open_for_scheduler
 tempfile.tempdir = sys.argv[1]
 store, _ = open_for_scheduler(
-    Engine("dying", "model", rank=0, num_ranks=2, is_one_process=False),
+    Engine("dying", "model", rank=0, num_ranks=2, num_stages=1, is_one_process=False),
     StoreOptions(l1_size_gb=0.001, arena_dir=sys.argv[1] + "/arenas"),
 )
 assert store is not None
@@ -49,7 +49,7 @@ def test_what_a_killed_engine_left_the_next_start_removes(folder: Path) -> None:
     options = StoreOptions(l1_size_gb=0.001, arena_dir=str(folder / "arenas"))
     closes, seen = [], []
     for engine_id in ("first", "second"):
-        store, close = open_for_scheduler(Engine(engine_id, "model", 0, 2, is_one_process=False), options)
+        store, close = open_for_scheduler(Engine(engine_id, "model", 0, 2, 1, is_one_process=False), options)
         assert store is not None
         closes.append(close)
         seen.append(files(folder))
@@ -63,7 +63,7 @@ def test_what_a_killed_engine_left_the_next_start_removes(folder: Path) -> None:
 
 
 def test_a_worker_finds_its_engine_s_store_whatever_the_engine_is_called(folder: Path) -> None:
-    engine = Engine("a/name " * 20, "model", rank=1, num_ranks=2, is_one_process=False)
+    engine = Engine("a/name " * 20, "model", rank=1, num_ranks=2, num_stages=1, is_one_process=False)
     options = StoreOptions(l1_size_gb=0.001, arena_dir=str(folder / "arenas"), **PATIENT)
     worker, close_worker = open_for_worker(engine, options)
     assert worker is not None

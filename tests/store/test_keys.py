@@ -92,6 +92,7 @@ def test_all_of_the_geometry_is_in_the_root() -> None:
         dataclasses.replace(geometry, groups=(group, group)),
         dataclasses.replace(geometry, groups=(dataclasses.replace(group, layers=(0,)),)),
         dataclasses.replace(geometry, groups=(dataclasses.replace(group, part_bytes=1),)),
+        dataclasses.replace(geometry, groups=(dataclasses.replace(group, is_shared=True),)),
         dataclasses.replace(geometry, groups=(GroupSpec(GroupKind.STATE, group.layers, group.part_bytes),)),
         dataclasses.replace(geometry, groups=(GroupSpec(GroupKind.WINDOW, group.layers, group.part_bytes, 4),)),
         dataclasses.replace(geometry, groups=(GroupSpec(GroupKind.WINDOW, group.layers, group.part_bytes, 8),)),

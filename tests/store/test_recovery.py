@@ -332,7 +332,7 @@ def test_a_slot_that_lies_about_itself_is_free(open_store: Open) -> None:
         {"generation": 1 << 60},
         {"num_bytes": 4096},
         {"rank": 1},
-        {"num_ranks": 1},
+        {"num_parts": 1},
         {"parent": b"x" * 32},
         {"key": keys_of(RANKED, 6)[0]},
     ]

@@ -197,13 +197,17 @@ def test_units_are_a_sixty_fourth_of_the_arena_within_limits() -> None:
 
 
 def test_a_chunk_that_does_not_fit_is_foreseen(arena: Arena) -> None:
-    assert fits(arena, [UNIT_BYTES // 2], 8)
-    assert not fits(arena, [UNIT_BYTES // 2], 9)
-    assert fits(arena, [UNIT_BYTES], 4)
-    assert not fits(arena, [UNIT_BYTES], 5)
-    assert fits(arena, [8 * UNIT_BYTES - 4096], 1)
-    assert not fits(arena, [8 * UNIT_BYTES - 4095], 1)
-    assert fits(arena, [UNIT_BYTES, 640], 2)
+    for part_bytes, num_ranks, is_expected in (
+        (UNIT_BYTES // 2, 8, True),
+        (UNIT_BYTES // 2, 9, False),
+        (UNIT_BYTES, 4, True),
+        (UNIT_BYTES, 5, False),
+        (8 * UNIT_BYTES - 4096, 1, True),
+        (8 * UNIT_BYTES - 4095, 1, False),
+    ):
+        assert fits(arena, [(part_bytes, rank) for rank in range(num_ranks)]) == is_expected
+    assert fits(arena, [(part_bytes, rank) for part_bytes in (UNIT_BYTES, 640) for rank in range(2)])
+    assert fits(arena, [(UNIT_BYTES, 0)] * 4)
 
 
 def test_more_is_claimed_ahead_for_who_may_take_more_at_once(tmp_path: Path) -> None:

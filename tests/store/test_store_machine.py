@@ -29,6 +29,7 @@ from kvferry.testing.block_store import (
     full_geometry,
     hybrid_geometry,
     keys_of,
+    own_parts,
     register,
 )
 from kvferry.testing.byte_store import DictByteStore
@@ -54,7 +55,7 @@ class Work:
     sound: bool = True
 
     def slots(self, rank: int) -> list[Slot]:
-        return [part.slots[rank] for part in self.job.parts]
+        return [part.slots[rank] for part in own_parts(self.job, rank)]
 
     def die(self) -> None:
         """What the kernel does for a process that ends."""
@@ -174,7 +175,7 @@ class StoreMachine(RuleBasedStateMachine):
         if work is None or rank not in work.ranks or rank in work.writing:
             return
         writing = self.arena.begin_writing(work.slots(rank))
-        assert (writing is not None) == (work.job.job_id in self.live)
+        assert (writing is not None) == (work.job.job_id in self.live or not work.slots(rank))
         if writing is not None:
             work.writing[rank] = writing
 
@@ -187,7 +188,7 @@ class StoreMachine(RuleBasedStateMachine):
         writing = work.writing.pop(rank, None)
         ok = ok and work.job.job_id in self.live
         if writing is not None:
-            for part, slot in zip(work.job.parts, work.slots(rank), strict=True):
+            for part, slot in zip(own_parts(work.job, rank), work.slots(rank), strict=True):
                 text = bytes_of(work.keys[part.chunk], part, rank)
                 self.arena.view(slot)[:] = text if ok else b"\xee" * slot.num_bytes
             writing.end()
@@ -328,7 +329,7 @@ class StoreMachine(RuleBasedStateMachine):
         kept = [entry_id for entry_id, until in self.kept.items() if until > self.now]
         entries = [self.store._index.get(entry_id) for entry_id in kept]
         assert all(entries), "what is to be kept is there"
-        assert sum(entry.num_bytes for entry in entries if entry) <= ARENA_BYTES / 2
+        assert sum(entry.num_bytes for entry in entries if entry) <= self.store.arena().num_bytes / 2
 
     def settle(self) -> None:
         """Let the tier's threads finish, so that each run of these steps is the same run."""

@@ -265,6 +265,7 @@ def _engine(vllm_config: Any) -> Engine:
         model=vllm_config.model_config.model,
         rank=parallel.rank,
         num_ranks=parallel.world_size,
+        num_stages=parallel.pipeline_parallel_size,
         is_one_process=parallel.world_size == 1 and parallel.distributed_executor_backend in {"uni", None},
     )
 

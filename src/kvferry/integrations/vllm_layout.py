@@ -17,7 +17,8 @@ from kvferry.blocks import GroupKind, GroupSpec
 from kvferry.transfer.copy import self_test
 from kvferry.transfer.layout import Layout, UnknownLayout, read_regions
 
-_FULL = frozenset({"FullAttentionSpec", "MLAAttentionSpec"})
+_LATENT = "MLAAttentionSpec"
+_FULL = frozenset({"FullAttentionSpec", _LATENT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,11 @@ class CacheGroup:
     window_tokens: int | None
     tokens_per_block: int
     first_needed: Callable[[int], int]
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether every rank of tensor parallelism has the same bytes."""
+        return all(type(spec).__name__ == _LATENT for spec in self.specs)
 
     def spec(self, part_bytes: int, first_layer: int) -> GroupSpec:
         layers = tuple(range(first_layer, first_layer + len(self.names)))

@@ -26,12 +26,14 @@ _SOCKET_PREFIX: Final = "engine-"
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One of vLLM's engines as one of its processes sees it. is_one_process: scheduler and the only worker share it."""
+    """One of vLLM's engines as one of its processes sees it. num_ranks: of all `num_stages` stages of its pipeline.
+    is_one_process: scheduler and the only worker share it."""
 
     engine_id: str
     model: str
     rank: int
     num_ranks: int
+    num_stages: int
     is_one_process: bool
 
     @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kvferry.blocks import Geometry, GroupKind
@@ -210,7 +211,9 @@ def make_geometry(
     """What names this engine's bytes. The same on all ranks, or the store refuses them."""
     specs, first_layer = [], 0
     for group, layout in zip(groups, layouts, strict=True):
-        specs.append(group.spec(layout.part_bytes(chunk_tokens), first_layer))
+        spec = group.spec(layout.part_bytes(chunk_tokens), first_layer)
+        # Ranks of one stage have the same latents, each stage those of other layers.
+        specs.append(replace(spec, is_shared=group.is_latent and engine.num_stages == 1 < engine.num_ranks))
         first_layer += len(group.names)
     return Geometry(
         identity=identity,

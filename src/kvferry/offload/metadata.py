@@ -8,7 +8,8 @@ from kvferry.blocks import Slot
 
 
 class PartCopy(msgspec.Struct, frozen=True):
-    """Blocks `first_block` and on of one part: `slots[rank]` is where the part lies, `block_ids` where they are."""
+    """Blocks `first_block` and on of one part: `slots[rank]` is where the part lies, or the only one for all
+    ranks; `block_ids` where they are."""
 
     group: int
     slots: tuple[Slot, ...]
@@ -17,7 +18,7 @@ class PartCopy(msgspec.Struct, frozen=True):
 
 
 class CopyJob(msgspec.Struct, frozen=True):
-    """The copies of one of the store's jobs. Each rank copies its slots and tells the store that it is done.
+    """The copies of one of the store's jobs. Each rank copies its parts and tells the store that it is done.
 
     ready: false where lower tiers still fill the slots; their headers say when they have.
     """

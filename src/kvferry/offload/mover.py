@@ -13,13 +13,14 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+from kvferry.blocks import Slot
 from kvferry.observability.metrics import Meter
 from kvferry.offload.background import Background, Readiness, Task
-from kvferry.offload.metadata import CopyJob, LoadEnd
+from kvferry.offload.metadata import CopyJob, LoadEnd, PartCopy
 from kvferry.store.arena import COMMITTED, Arena, SlotLock
 from kvferry.transfer.copy import Copier, Copy, CopyEngine, mark
 from kvferry.transfer.layout import Layout
@@ -185,7 +186,7 @@ class Mover:
     def _readiness(self, job: CopyJob) -> Readiness:
         """What the headers of this rank's slots say of the lower tiers' work."""
         for part in job.parts:
-            state = self._arena.state_of(part.slots[self._rank])
+            state = self._arena.state_of(self._slot(part))
             if state is None:
                 return Readiness.NEVER
             if state != COMMITTED:
@@ -202,8 +203,8 @@ class Mover:
         try:
             for group in sorted(groups):
                 parts = [
-                    PartBlocks(part.slots[self._rank].offset, part.first_block, part.block_ids)
-                    for part in job.parts
+                    PartBlocks(self._slot(part).offset, part.first_block, part.block_ids)
+                    for part in self._mine(direction, job)
                     if part.group == group
                 ]
                 copies.append(self._engines[group].submit(direction, parts, after))
@@ -235,11 +236,19 @@ class Mover:
                 ok = False
         return ok
 
+    def _slot(self, part: PartCopy) -> Slot:
+        """This rank's, or the only one, which is shared."""
+        return part.slots[self._rank if len(part.slots) > 1 else 0]
+
+    def _mine(self, direction: Direction, job: CopyJob) -> Iterator[PartCopy]:
+        """The parts that this rank copies: of shared ones the first rank saves the bytes of all."""
+        return (part for part in job.parts if direction is Direction.TO_POOL or self._rank < len(part.slots))
+
     def _lock_slots(self, direction: Direction, job: CopyJob) -> bool:
         """Whether a job's slots are still its own; then they stay so until its last copy has ended."""
         if job.job_id in self._locks:
             return True
-        slots = [part.slots[self._rank] for part in job.parts]
+        slots = [self._slot(part) for part in self._mine(direction, job)]
         lock = self._arena.begin_reading(slots) if direction is Direction.TO_POOL else self._arena.begin_writing(slots)
         if lock is None:
             self.meter.add("jobs_with_lost_slots")

@@ -23,7 +23,7 @@ from kvferry.blocks import Geometry, Job, Tier
 from kvferry.store.base import ArenaInfo, Match, Prefetch, Selection, Tally, Usage
 from kvferry.store.keys import KEY_BYTES
 
-VERSION: Final = 2
+VERSION: Final = 3
 """To be raised with every change of a struct below or of what they hold from `blocks`."""
 
 UNNUMBERED: Final = 0

@@ -54,6 +54,7 @@ _TABLE_ENTRY_BYTES: Final = 4
 _SLOT_HEADER = struct.Struct("<QQQHHHxx16s32s32s8s8s")
 """Generation, state, payload bytes, group, rank, ranks, checksum (zeros: unknown), key, parent key, tags of the
 geometry and of the salt (zeros: none)."""
+NO_CHECKSUM: Final = bytes(16)
 _HEADER_BYTES: Final = 128
 _STATE_OFFSET: Final = 8
 _STATE = struct.Struct("<Q")
@@ -71,7 +72,7 @@ class SlotHeader(NamedTuple):
     num_bytes: int
     group: int
     rank: int
-    num_ranks: int
+    num_parts: int
     checksum: bytes
     key: bytes
     parent: bytes

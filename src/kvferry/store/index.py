@@ -15,7 +15,7 @@ from typing import Final, Literal, NamedTuple
 
 from kvferry.blocks import Slot, Tier
 from kvferry.errors import InvariantError
-from kvferry.store.arena import COMMITTED, FREE, RESERVED, Arena, SlotHeader, slot_stride
+from kvferry.store.arena import COMMITTED, FREE, NO_CHECKSUM, RESERVED, Arena, SlotHeader, slot_stride
 from kvferry.store.base import Selection, Tally
 from kvferry.store.eviction import Evictor, make_policy
 from kvferry.store.recovery import Found, recover
@@ -24,7 +24,6 @@ from kvferry.store.slots import Room, SlotAllocator, SlotClass
 EntryId = tuple[bytes, int]
 """Key and group."""
 
-_NO_CHECKSUM = bytes(16)
 _KEPT_SHARE: Final = 2
 """At most one part in this many of the arena is kept from eviction by command."""
 
@@ -41,7 +40,7 @@ class EntryState(enum.Enum):
 
 
 class Wanted(NamedTuple):
-    """An entry to make room for: `num_ranks` slots of `part_bytes`. `parent` is the key of the chunk before.
+    """An entry to make room for: `num_parts` slots of `part_bytes`. `parent` is the key of the chunk before.
 
     geometry_tag, salt_tag: what it is stored under, for those who list, limit or clear what is kept.
     """
@@ -49,13 +48,13 @@ class Wanted(NamedTuple):
     id: EntryId
     parent: bytes
     part_bytes: int
-    num_ranks: int
+    num_parts: int
     geometry_tag: bytes
     salt_tag: bytes
 
     @property
     def num_bytes(self) -> int:
-        return self.part_bytes * self.num_ranks
+        return self.part_bytes * self.num_parts
 
 
 @dataclass(slots=True, eq=False)
@@ -122,7 +121,7 @@ class Index:
             header = parts[0][0]
             entry_id = (header.key, header.group)
             tags = (header.geometry_tag, header.salt_tag)
-            want = Wanted(entry_id, header.parent, header.num_bytes, header.num_ranks, *tags)
+            want = Wanted(entry_id, header.parent, header.num_bytes, header.num_parts, *tags)
             self._admit(Entry(want, tuple(slot for _, slot in parts), EntryState.COMMITTED, clock()))
             self._evictor.unpin(want.id)
         for salt, quota in quotas.items():
@@ -150,7 +149,7 @@ class Index:
         needs: dict[SlotClass, int] = {}
         for want in wanted:
             stride = slot_stride(want.part_bytes)
-            for rank in range(want.num_ranks):
+            for rank in range(want.num_parts):
                 of = SlotClass(stride, rank)
                 needs[of] = needs.get(of, 0) + 1
         salt = wanted[0].salt_tag
@@ -369,7 +368,7 @@ class Index:
 
     def _take(self, want: Wanted) -> tuple[Slot, ...]:
         slots: list[Slot] = []
-        for rank in range(want.num_ranks):
+        for rank in range(want.num_parts):
             slot = self._slots.take(want.part_bytes, rank)
             assert slot is not None, "slots were prepared"
             self._arena.write_header(slot, _header_of(want, rank, slot, RESERVED))
@@ -392,8 +391,8 @@ def _header_of(want: Wanted, rank: int, slot: Slot, state: int) -> SlotHeader:
         slot.num_bytes,
         group,
         rank,
-        want.num_ranks,
-        _NO_CHECKSUM,
+        want.num_parts,
+        NO_CHECKSUM,
         key,
         want.parent,
         want.geometry_tag,

@@ -70,7 +70,7 @@ def root_key(geometry: Geometry) -> bytes:
         window = -1 if group.window_tokens is None else group.window_tokens
         fields.append(group.kind.value.encode())
         fields.append(struct.pack(f"<{len(group.layers)}Q", *group.layers))
-        fields.append(struct.pack("<Qq", group.part_bytes, window))
+        fields.append(struct.pack("<Qq", group.part_bytes, window) + (b"\1" if group.is_shared else b""))
     return sha256(b"".join(map(_field, fields))).digest()
 
 

@@ -64,8 +64,10 @@ class LeaseTable:
     def __iter__(self) -> Iterator[Lease]:
         return iter([*self._leases.values()])
 
-    def open(self, kind: JobKind, entries: Sequence[tuple[int, Entry]], owner: str, now: float) -> Lease:
-        """A new lease on entries, each with the number of its chunk, for a job of all their ranks."""
+    def open(
+        self, kind: JobKind, entries: Sequence[tuple[int, Entry]], num_ranks: int, owner: str, now: float
+    ) -> Lease:
+        """A new lease on entries, each with the number of its chunk, for a job of so many ranks."""
         parts = tuple(Part(chunk, entry.id[1], entry.slots) for chunk, entry in entries)
         awaited = {entry for _, entry in entries if entry.state is EntryState.PROMOTING}
         lease = Lease(
@@ -74,7 +76,7 @@ class LeaseTable:
             now + self._lease_seconds,
             now + self._ready_seconds,
             [entry for _, entry in entries],
-            set(range(len(entries[0][1].slots))),
+            set(range(num_ranks)),
             awaited=awaited,
         )
         self._leases[lease.job.job_id] = lease

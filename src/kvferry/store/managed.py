@@ -32,7 +32,7 @@ class ManagedStore(Store):
             for want, entry in zip(wanted, entries, strict=True):
                 if entry is not None or num_under_way >= _MOST_UNDER_WAY:
                     continue
-                source = self._tiers.source(want.id, want.num_ranks)
+                source = self._tiers.source(want.id, want.num_parts)
                 promoted = self._index.reserve([want], EntryState.PROMOTING) if source is not None else None
                 if promoted is None or source is None:
                     break

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvferry.blocks import Slot
-from kvferry.store.arena import COMMITTED, FREE, Arena, FoundSlab, SlotHeader, slot_stride
+from kvferry.store.arena import COMMITTED, FREE, NO_CHECKSUM, Arena, FoundSlab, SlotHeader, slot_stride
 from kvferry.store.locks import Range
 from kvferry.store.slots import Run, Slab, SlotClass
 
@@ -64,8 +64,9 @@ def _whole_entries(arena: Arena, slabs: Sequence[FoundSlab]) -> list[list[tuple[
             if (
                 header.state == COMMITTED
                 and 0 < header.generation < arena.first_generation
-                and header.rank == slab.rank < header.num_ranks
+                and header.rank == slab.rank < header.num_parts
                 and header.num_bytes > 0
+                and header.checksum == NO_CHECKSUM
                 and slot_stride(header.num_bytes) == slab.stride
             ):
                 slot = Slot(offset, header.num_bytes, header.generation)
@@ -75,7 +76,7 @@ def _whole_entries(arena: Arena, slabs: Sequence[FoundSlab]) -> list[list[tuple[
         entry.sort(key=lambda part: part[0].rank)
         first = entry[0][0]
         expected = (
-            [first._replace(rank=rank) for rank in range(first.num_ranks)] if first.num_ranks == len(entry) else []
+            [first._replace(rank=rank) for rank in range(first.num_parts)] if first.num_parts == len(entry) else []
         )
         if [header._replace(generation=first.generation) for header, _ in entry] == expected:
             whole.append(entry)

@@ -32,7 +32,8 @@ class Registry:
         ranks = self._engines.get(engine, {})
         if any(other != geometry for of, other in ranks.items() if of != rank):
             raise ConfigError(f"ranks of engine {engine} declare different geometries; rank {rank}: {geometry}")
-        if not fits(self._arena, sizes, geometry.num_ranks):
+        parts = [(size, of) for group, size in enumerate(sizes) for of in range(geometry.num_parts(group))]
+        if not fits(self._arena, parts):
             raise ConfigError(
                 f"a chunk of {geometry.num_ranks} x {sizes} bytes does not fit the arena of "
                 f"{self._arena.info.num_bytes} bytes: set l1_size_gb higher or chunk_tokens lower"

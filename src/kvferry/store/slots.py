@@ -89,9 +89,9 @@ def pack(arena: Arena, free: bytearray, missing: Mapping[SlotClass, int], *, tig
     return runs
 
 
-def fits(arena: Arena, part_bytes: Iterable[int], num_ranks: int) -> bool:
-    """Whether a chunk of parts of these sizes fits an arena that is empty."""
-    chunk = Counter(SlotClass(slot_stride(size), rank) for size in part_bytes for rank in range(num_ranks))
+def fits(arena: Arena, parts: Iterable[tuple[int, int]]) -> bool:
+    """Whether parts of these sizes and ranks fit an arena that is empty."""
+    chunk = Counter(SlotClass(slot_stride(size), rank) for size, rank in parts)
     return pack(arena, bytearray(b"\1" * arena.num_units), chunk, tight=True) is not None
 
 

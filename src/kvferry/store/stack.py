@@ -28,22 +28,22 @@ class TierStack:
     def __bool__(self) -> bool:
         return bool(self._tiers)
 
-    def locate(self, keys: Sequence[bytes], group: int, num_ranks: int) -> list[Tier | None]:
+    def locate(self, keys: Sequence[bytes], group: int, num_parts: int) -> list[Tier | None]:
         """The nearest tier that holds this group of each chunk. One question a tier, however many chunks."""
         found: list[Tier | None] = [None] * len(keys)
         if not keys:
             return found
-        names = [part_name(key, group, rank) for key in keys for rank in range(num_ranks)]
+        names = [part_name(key, group, rank) for key in keys for rank in range(num_parts)]
         for tier in reversed(self._tiers):
             held = tier.contains(names)
             for chunk in range(len(keys)):
-                if all(held[chunk * num_ranks : (chunk + 1) * num_ranks]):
+                if all(held[chunk * num_parts : (chunk + 1) * num_parts]):
                     found[chunk] = tier.tier
         return found
 
-    def source(self, entry_id: EntryId, num_ranks: int) -> ByteTier | None:
+    def source(self, entry_id: EntryId, num_parts: int) -> ByteTier | None:
         """The nearest tier that holds the entry."""
-        names = _names(entry_id, num_ranks)
+        names = _names(entry_id, num_parts)
         return next((tier for tier in self._tiers if all(tier.contains(names))), None)
 
     def promote(
@@ -93,5 +93,5 @@ class TierStack:
             tier.close(deadline_seconds)
 
 
-def _names(entry_id: EntryId, num_ranks: int) -> list[PartName]:
-    return [part_name(*entry_id, rank) for rank in range(num_ranks)]
+def _names(entry_id: EntryId, num_parts: int) -> list[PartName]:
+    return [part_name(*entry_id, rank) for rank in range(num_parts)]

@@ -103,8 +103,7 @@ class Store:
                 raise ConfigError(f"engine {engine} registers with a store that is closed")
             self._registry.register(engine, rank, geometry)
             self._prune()
-            chunk_bytes = sum(group.part_bytes for group in geometry.groups) * geometry.num_ranks
-            self._index.expect(-(-_LARGE_PASS_TOKENS // geometry.chunk_tokens) * chunk_bytes)
+            self._index.expect(-(-_LARGE_PASS_TOKENS // geometry.chunk_tokens) * geometry.chunk_bytes)
 
     def unregister(self, engine: str) -> None:
         """The engine is gone; one of the same name may declare another geometry. What it stored stays."""
@@ -155,7 +154,7 @@ class Store:
             missing = [want for (_, want), entry in zip(wanted, entries, strict=True) if entry is None]
             if any(entry is not None and not _loadable(entry) for entry in entries):
                 return None
-            sources = [self._tiers.source(want.id, want.num_ranks) for want in missing]
+            sources = [self._tiers.source(want.id, want.num_parts) for want in missing]
             if any(source is None for source in sources):
                 return None
             present = [entry for entry in entries if entry is not None]
@@ -170,7 +169,7 @@ class Store:
             for entry in promoted:
                 self._index.pin(entry)
             leased = [(chunk, self._entry(want.id)) for chunk, want in wanted]
-            lease = self._leases.open(JobKind.LOAD, leased, owner, self._clock())
+            lease = self._leases.open(JobKind.LOAD, leased, geometry.num_ranks, owner, self._clock())
             # Deepest first: a backend that evicts by last use then loses children before parents.
             for entry, source in reversed([*zip(promoted, sources, strict=True)]):
                 assert source is not None, "sources were looked for"
@@ -204,7 +203,9 @@ class Store:
             reserved = self._reserve(missing)
             for entry in kept:
                 self._index.unpin(entry)
-            return self._leases.open(JobKind.STORE, reserved, owner, self._clock()).job if reserved else None
+            if not reserved:
+                return None
+            return self._leases.open(JobKind.STORE, reserved, geometry.num_ranks, owner, self._clock()).job
 
     def done(self, job_id: int, rank: int, ok: bool) -> None:
         """See `BlockStore.done`."""
@@ -302,7 +303,8 @@ class Store:
         for group, spec in enumerate(geometry.groups):
             for chunk in needed_units(spec, geometry.chunk_tokens, first_chunk, len(keys)):
                 parent = keys[chunk - 1] if chunk else root
-                wanted.append((chunk, Wanted((keys[chunk], group), parent, spec.part_bytes, geometry.num_ranks, *tags)))
+                num_parts = geometry.num_parts(group)
+                wanted.append((chunk, Wanted((keys[chunk], group), parent, spec.part_bytes, num_parts, *tags)))
         wanted.sort(key=lambda item: (item[0], item[1].id[1]))
         return wanted
 
@@ -315,7 +317,7 @@ class Store:
         """Of each chunk of the longest loadable prefix, the farthest tier that it needs."""
         if self._closed or self._registry.root(geometry) is None:
             return []
-        tiers = [self._locate(keys, group, geometry.num_ranks) for group in range(len(geometry.groups))]
+        tiers = [self._locate(keys, group, geometry.num_parts(group)) for group in range(len(geometry.groups))]
         present = [[tier is not None for tier in of] for of in tiers]
         num_chunks = longest_hit(geometry.groups, geometry.chunk_tokens, present)
         farthest = [Tier.MEMORY] * num_chunks
@@ -328,7 +330,7 @@ class Store:
                 farthest[chunk] = max(farthest[chunk], tier)
         return farthest
 
-    def _locate(self, keys: Sequence[bytes], group: int, num_ranks: int) -> list[Tier | None]:
+    def _locate(self, keys: Sequence[bytes], group: int, num_parts: int) -> list[Tier | None]:
         """The nearest place of this group of each chunk."""
         entries = self._index.find(keys, group)
         tiers = [
@@ -337,7 +339,7 @@ class Store:
         ]
         if self._tiers:
             absent = [chunk for chunk, entry in enumerate(entries) if entry is None]
-            below = self._tiers.locate([keys[chunk] for chunk in absent], group, num_ranks)
+            below = self._tiers.locate([keys[chunk] for chunk in absent], group, num_parts)
             for chunk, tier in zip(absent, below, strict=True):
                 tiers[chunk] = tier
         return tiers
@@ -360,7 +362,7 @@ class Store:
         if chunk == 0 or geometry.groups[want.id[1]].kind is not GroupKind.FULL:
             return False
         parent = (want.parent, want.id[1])
-        return self._index.get(parent) is None and self._tiers.source(parent, want.num_ranks) is None
+        return self._index.get(parent) is None and self._tiers.source(parent, want.num_parts) is None
 
     def _no_leases(self) -> LeaseTable:
         return LeaseTable(self._arena.info.boot_id, self._lease_seconds, self._options.load_deadline_seconds)

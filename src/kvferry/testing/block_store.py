@@ -27,9 +27,10 @@ def full_geometry(num_ranks: int = 1, part_bytes: int = 8192, identity: str = "m
 
 
 def hybrid_geometry(num_ranks: int = 1) -> Geometry:
-    """Full attention, a window of two chunks, and a recurrent state, each with parts of its own size."""
+    """Full attention, a window of two chunks, and a recurrent state, each with parts of its own size. Ranks share those
+    of full attention."""
     groups = (
-        GroupSpec(GroupKind.FULL, (0,), 8192),
+        GroupSpec(GroupKind.FULL, (0,), 8192, is_shared=num_ranks > 1),
         GroupSpec(GroupKind.WINDOW, (1,), 4096, window_tokens=2 * CHUNK_TOKENS),
         GroupSpec(GroupKind.STATE, (2,), 640),
     )
@@ -54,12 +55,18 @@ def register(store: BlockStore, geometry: Geometry, engine: str = ENGINE) -> Non
         store.register(engine, rank, geometry)
 
 
+def own_parts(job: Job, rank: int) -> list[Part]:
+    """Those that a rank saves: of what ranks share the first rank saves all."""
+    return [part for part in job.parts if rank < len(part.slots)]
+
+
 def copy_in(arena: Arena, job: Job, keys: Sequence[bytes], rank: int) -> None:
     """Do what a mover does with a store's job."""
-    writing = arena.begin_writing([part.slots[rank] for part in job.parts])
+    own = own_parts(job, rank)
+    writing = arena.begin_writing([part.slots[rank] for part in own])
     assert writing is not None
     with writing:
-        for part in job.parts:
+        for part in own:
             arena.view(part.slots[rank])[:] = bytes_of(keys[part.chunk], part, rank)
 
 
@@ -270,6 +277,21 @@ class BlockStoreSuite:
         assert self.load(store, arena, geometry, keys) == 8 + 2 + 1
         self.end(store, arena)
 
+    def test_a_shared_part_has_one_slot(self) -> None:
+        geometry = hybrid_geometry(num_ranks=2)
+        store, arena = self.open(geometry)
+        keys = keys_of(geometry, 2)
+        job = store.begin_store(geometry, keys, 0)
+        assert job is not None
+        assert {(part.group, len(part.slots)) for part in job.parts} == {(0, 1), (1, 2), (2, 2)}
+        for rank in range(2):
+            assert store.match(geometry, keys).num_chunks == 0
+            copy_in(arena, job, keys, rank)
+            store.done(job.job_id, rank, True)
+        assert store.stats()["entries_bytes"] == 2 * 8192 + 2 * 2 * 4096 + 2 * 640
+        assert self.load(store, arena, geometry, keys) == 2 + 2 + 1
+        self.end(store, arena)
+
     def test_other_geometries_are_other_chunks(self) -> None:
         mine, other = full_geometry(), full_geometry(identity="another model")
         store, arena = self.open(mine)
@@ -341,7 +363,7 @@ class BlockStoreSuite:
 
     def test_a_new_store_finds_what_the_last_one_wrote_below(self) -> None:
         byte_store = DictByteStore()
-        for geometry in (full_geometry(num_ranks=2), hybrid_geometry()):
+        for geometry in (full_geometry(num_ranks=2), hybrid_geometry(), hybrid_geometry(num_ranks=2)):
             keys = keys_of(geometry, 5)
             store, arena = self.open(geometry, byte_store=byte_store)
             self.save(store, arena, geometry, keys)

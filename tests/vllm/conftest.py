@@ -56,6 +56,15 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Multi-head latent attention, all of its layers dense."""
+    from kvferry.testing.models import make_model
+
+    sizes = {**_SIZES, "head_dim": 64, "num_key_value_heads": 4}
+    return make_model("deepseek_v2", tmp_path_factory.mktemp("deepseek"), **sizes)
+
+
+@pytest.fixture(scope="session")
 def expected() -> Expected:
     """What an engine without a connector and with room for everything answers. Asked once for each question."""
     known: dict[str, list[list[int]]] = {}

@@ -8,13 +8,14 @@ on as if kvferry were not there, as it does where the model's cache is of a kind
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
 import torch
 import vllm
+from vllm.distributed.kv_events import KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
 from kvferry.config import StoreOptions, load_options
@@ -72,7 +73,9 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
             may_store=transfer.is_kv_producer,
             may_wait=len(groups) == 1 or _TAKES_FAILED_REQUESTS,
         )
-        self._scheduler = SchedulerHalf(engine, options, groups[0].tokens_per_block, roles)
+        self._scheduler = SchedulerHalf(
+            engine, options, groups[0].tokens_per_block, roles, tells_events=_tells_events(vllm_config)
+        )
         if not self._scheduler.wait_for_workers(_REGISTRATION_SECONDS):
             logger.warning("kvferry's workers have not registered yet: nothing is kept until they have")
 
@@ -121,6 +124,9 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_block_frees(self) -> bool:
         return self._scheduler is not None and self._scheduler.holds_blocks
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        return self._answer(self._scheduler.take_events, []) if self._scheduler is not None else []
 
     def reset_cache(self) -> bool | None:
         if self._scheduler is not None:
@@ -268,6 +274,11 @@ def _engine(vllm_config: Any) -> Engine:
         num_stages=parallel.pipeline_parallel_size,
         is_one_process=parallel.world_size == 1 and parallel.distributed_executor_backend in {"uni", None},
     )
+
+
+def _tells_events(vllm_config: Any) -> bool:
+    events = getattr(vllm_config, "kv_events_config", None)
+    return events is not None and events.enable_kv_cache_events
 
 
 def _check_version(vllm_config: Any, kv_cache_config: Any) -> None:

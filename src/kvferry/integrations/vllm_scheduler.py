@@ -15,9 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vllm.distributed.kv_events import KVCacheEvent
+
 from kvferry.blocks import GroupKind
 from kvferry.config import StoreOptions
 from kvferry.connector.api import NO_BLOCK, Request, RequestData, SchedulerOutput
+from kvferry.integrations.vllm_events import BlockEvents
 from kvferry.integrations.vllm_identity import Adapters, request_extras
 from kvferry.integrations.vllm_messages import FerryMetadata
 from kvferry.integrations.vllm_stores import Engine, open_for_scheduler
@@ -80,7 +83,9 @@ class Roles:
 class SchedulerHalf:
     """One engine's planner, once all its workers have registered with the store."""
 
-    def __init__(self, engine: Engine, options: StoreOptions, tokens_per_block: int, roles: Roles) -> None:
+    def __init__(
+        self, engine: Engine, options: StoreOptions, tokens_per_block: int, roles: Roles, *, tells_events: bool
+    ) -> None:
         self._engine = engine
         # A load within a pass that fails is known too late where steps overlap.
         self._options = replace(options, async_load="always")
@@ -88,6 +93,8 @@ class SchedulerHalf:
         self._roles = roles
         self._store, self._close_store = open_for_scheduler(engine, options)
         self._planner: Planner | None = None
+        self._tells_events = tells_events
+        self._events: BlockEvents | None = None
         self._adapters = Adapters()
         self._numbers = itertools.count(1)
         self._followed: dict[str, _Followed] = {}
@@ -159,6 +166,7 @@ class SchedulerHalf:
             told.jobs = self._planner.plan(translated, output.num_scheduled_tokens)
             told.is_idle = not output.num_scheduled_tokens and len(told.jobs.async_loads) == len(self._loading) == 1
             self._count(told.jobs)
+            self._expect_events(told.jobs)
             lost = {number: told.names[number] for number in told.jobs.lost_loads if number in told.names}
             told.lost = {number: self._loading[name] for number, name in lost.items() if name in self._loading}
         return told
@@ -179,6 +187,8 @@ class SchedulerHalf:
     def take_in(self, saved: Iterable[str], loaded: Iterable[str], failed: Iterable[str]) -> None:
         """vLLM's `update_connector_output`. A request whose load failed is not offered another: it might fail again."""
         self._held.difference_update(saved)
+        if self._events is not None and (saved or loaded):
+            self._events.hurry()
         for name in loaded:
             if (began := self._began.pop(name, None)) is not None:
                 self._load_seconds.append(time.monotonic() - began)
@@ -202,6 +212,8 @@ class SchedulerHalf:
         """vLLM's `reset_cache`."""
         if self._planner is not None:
             self._planner.disown()
+        if self._events is not None:
+            self._events.disown()
 
     def stats(self) -> Mapping[str, float]:
         """The store's counters and gauges and the planner's."""
@@ -221,6 +233,10 @@ class SchedulerHalf:
         seconds, self._load_seconds = self._load_seconds, []
         return news | ({"load_seconds": seconds} if seconds else {})
 
+    def take_events(self) -> list[KVCacheEvent]:
+        """vLLM's `take_events`."""
+        return self._events.take() if self._events is not None else []
+
     def shutdown(self) -> None:
         if self._planner is not None:
             self._planner.close()
@@ -238,6 +254,8 @@ class SchedulerHalf:
                 self._planner = Planner(
                     self._store, geometry, self._tokens_per_block, self._options, extras_of=_extras_of
                 )
+                if self._tells_events:
+                    self._events = BlockEvents(self._store, geometry, self._tokens_per_block)
         return self._planner is not None
 
     def _follow(self, request: Any) -> _Followed | None:
@@ -257,6 +275,16 @@ class SchedulerHalf:
             if orders:
                 slots = (slot for order in orders for part in order.job.parts for slot in part.slots)
                 self._meter.add(name, sum(slot.num_bytes for slot in slots))
+
+    def _expect_events(self, jobs: PassMetadata) -> None:
+        """Chunks that this pass saves, and those that it loads, whoever saved them."""
+        if self._events is None or not (jobs.stores or jobs.async_loads):
+            return
+        assert self._planner is not None
+        by_number = {followed.request_id: followed.request for followed in self._followed.values()}
+        for number in dict.fromkeys(order.request_id for order in (*jobs.stores, *jobs.async_loads)):
+            if (request := by_number.get(number)) is not None:
+                self._events.follow(request, self._planner.keys(number))
 
     # -- steps -------------------------------------------------------------------------------------------------------
 

@@ -219,6 +219,11 @@ class Planner:
             self._lost_loads.remove(request_id)
         return tracked is not None and tracked.saves
 
+    def keys(self, request_id: int) -> Sequence[bytes]:
+        """The keys of a running request's full chunks, as far as its tokens are known here."""
+        tracked = self._running.get(request_id)
+        return tracked.chain.keys if tracked is not None and self._root == tracked.chain.root else ()
+
     def disown(self) -> None:
         """What was kept until now is not this engine's any more, and what it keeps from now on is nobody else's: its
         weights are no longer those that the geometry names. Requests under way are not kept."""

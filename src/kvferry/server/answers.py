@@ -139,6 +139,8 @@ class Answerer:
         match question:
             case protocol.AskMatch(root, keys):
                 return protocol.Found.of(store.match(self._geometry(root), protocol.split_keys(keys)))
+            case protocol.AskPlaces(root, keys):
+                return protocol.Places.of(store.locate(self._geometry(root), protocol.split_keys(keys)))
             case protocol.JobDone(job_id, rank, ok):
                 store.done(job_id, rank, ok)
             case protocol.BeginLoad(root, keys, first_chunk, salt):

@@ -16,7 +16,7 @@ from typing import Final
 
 import zmq
 
-from kvferry.blocks import Geometry, Job
+from kvferry.blocks import Geometry, Job, Tier
 from kvferry.config import StoreOptions
 from kvferry.errors import ConfigError, InvariantError, StoreError
 from kvferry.observability.metrics import Meter
@@ -101,6 +101,12 @@ class StoreClient:
         question = protocol.AskMatch(self._root_of(geometry), protocol.join_keys(keys))
         answer = self._ask(question, self._options.match_deadline_seconds)
         return answer.match() if isinstance(answer, protocol.Found) else Match(0)
+
+    def locate(self, geometry: Geometry, keys: Sequence[bytes]) -> Sequence[Tier | None]:
+        """See `BlockStore.locate`."""
+        question = protocol.AskPlaces(self._root_of(geometry), protocol.join_keys(keys))
+        answer = self._ask(question, self._options.match_deadline_seconds)
+        return answer.locate() if isinstance(answer, protocol.Places) else []
 
     def begin_load(
         self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, salt: str | None = None

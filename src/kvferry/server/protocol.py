@@ -91,6 +91,13 @@ class AskMatch(Question, frozen=True):
     keys: bytes
 
 
+class AskPlaces(Question, frozen=True):
+    """`BlockStore.locate`."""
+
+    root: bytes
+    keys: bytes
+
+
 class BeginLoad(Question, frozen=True):
     """`BlockStore.begin_load`."""
 
@@ -222,6 +229,19 @@ class Found(Answer, frozen=True):
         return Match(self.num_chunks, tuple(map(_TIERS.__getitem__, self.tiers)))
 
 
+class Places(Answer, frozen=True):
+    """Of each chunk a byte: its tier, or 255."""
+
+    tiers: bytes
+
+    @classmethod
+    def of(cls, tiers: Sequence[Tier | None]) -> Places:
+        return cls(bytes(_NOWHERE if tier is None else tier for tier in tiers))
+
+    def locate(self) -> list[Tier | None]:
+        return [_TIERS.get(tier) for tier in self.tiers]
+
+
 class Begun(Answer, frozen=True):
     """A job whose leases the session now has."""
 
@@ -301,6 +321,7 @@ decode_answer: Callable[[bytes], tuple[int, Answer]]
 decode_answer = _decoder(int, reduce(or_, Answer.__subclasses__()))
 """Number, deadline and question, or number and answer. MsgspecError: the bytes are none."""
 
+_NOWHERE: Final = 255
 _TIERS = {tier.value: tier for tier in Tier}
 
 

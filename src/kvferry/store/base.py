@@ -131,6 +131,10 @@ class BlockStore(Protocol):
     def match(self, geometry: Geometry, keys: Sequence[bytes]) -> Match:
         """The longest loadable prefix of `keys` by the hit rule (`kvferry.hit.longest_hit`). Takes no lease."""
 
+    def locate(self, geometry: Geometry, keys: Sequence[bytes]) -> Sequence[Tier | None]:
+        """The farthest tier that each chunk's full attention needs; None: not all of it is anywhere. Empty: it cannot
+        be said now. Takes no lease and counts nothing."""
+
     def begin_load(
         self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, salt: str | None = None
     ) -> Job | None:

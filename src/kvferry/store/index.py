@@ -83,6 +83,14 @@ class Entry:
     def num_bytes(self) -> int:
         return self.wanted.num_bytes
 
+    @property
+    def place(self) -> Tier | None:
+        """Where a load finds the entry: what is on its way counts as where it comes from, as it may yet fail. None: it
+        cannot be loaded now."""
+        if self.state is EntryState.COMMITTED:
+            return Tier.MEMORY
+        return self.source if self.state is EntryState.PROMOTING and not self.doubtful else None
+
 
 class Index:
     """The entries of one arena.

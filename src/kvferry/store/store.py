@@ -135,6 +135,18 @@ class Store:
             self._meter.add("unmatched_chunks", len(keys) - len(farthest))
             return Match(len(farthest), tuple(farthest))
 
+    def locate(self, geometry: Geometry, keys: Sequence[bytes]) -> Sequence[Tier | None]:
+        """See `BlockStore.locate`."""
+        with self._lock:
+            if self._closed or self._registry.root(geometry) is None:
+                return [None] * len(keys)
+            of_groups = [
+                self._locate(keys, group, geometry.num_parts(group))
+                for group, spec in enumerate(geometry.groups)
+                if spec.kind is GroupKind.FULL
+            ]
+            return [_farthest(tiers) for tiers in zip(*of_groups, strict=True)] or [None] * len(keys)
+
     def begin_load(
         self,
         geometry: Geometry,
@@ -152,7 +164,7 @@ class Store:
                 return None
             entries = [self._index.get(want.id) for _, want in wanted]
             missing = [want for (_, want), entry in zip(wanted, entries, strict=True) if entry is None]
-            if any(entry is not None and not _loadable(entry) for entry in entries):
+            if any(entry is not None and entry.place is None for entry in entries):
                 return None
             sources = [self._tiers.source(want.id, want.num_parts) for want in missing]
             if any(source is None for source in sources):
@@ -334,7 +346,7 @@ class Store:
         """The nearest place of this group of each chunk."""
         entries = self._index.find(keys, group)
         tiers = [
-            Tier.MEMORY if entry is not None and entry.state is EntryState.COMMITTED else _tier_of(entry)
+            None if entry is None else Tier.MEMORY if entry.state is EntryState.COMMITTED else entry.place
             for entry in entries
         ]
         if self._tiers:
@@ -474,12 +486,8 @@ class Store:
         self._reclaim(self._clock())
 
 
-def _loadable(entry: Entry) -> bool:
-    return entry.state is EntryState.COMMITTED or (entry.state is EntryState.PROMOTING and not entry.doubtful)
-
-
-def _tier_of(entry: Entry | None) -> Tier | None:
-    """Where an entry counts as being. What is on its way counts as where it comes from: it may yet fail."""
-    if entry is None or not _loadable(entry):
-        return None
-    return Tier.MEMORY if entry.state is EntryState.COMMITTED else entry.source
+def _farthest(tiers: Iterable[Tier | None]) -> Tier | None:
+    """None: one is None."""
+    known = [*tiers]
+    present = [tier for tier in known if tier is not None]
+    return max(present) if len(present) == len(known) else None

@@ -292,6 +292,25 @@ class BlockStoreSuite:
         assert self.load(store, arena, geometry, keys) == 2 + 2 + 1
         self.end(store, arena)
 
+    def test_places_are_those_of_full_attention(self) -> None:
+        byte_store = DictByteStore()
+        geometry = hybrid_geometry(num_ranks=2)
+        keys = keys_of(geometry, 5)
+        store, arena = self.open(geometry, byte_store=byte_store)
+        job = store.begin_store(geometry, keys[:4], 0)
+        assert job is not None
+        for rank in range(2):
+            assert [*store.locate(geometry, keys)] == [None] * 5
+            copy_in(arena, job, keys, rank)
+            store.done(job.job_id, rank, True)
+        assert [*store.locate(geometry, keys[::-1])] == [None, *[Tier.MEMORY] * 4]
+        assert store.match(geometry, keys[:3]).num_chunks == 0, "no state there"
+        assert [*store.locate(geometry, [])] == []
+        self.end(store, arena)
+        store, arena = self.open(geometry, byte_store=byte_store)
+        assert [*store.locate(geometry, keys)] == [*[Tier.DISK] * 4, None]
+        self.end(store, arena)
+
     def test_other_geometries_are_other_chunks(self) -> None:
         mine, other = full_geometry(), full_geometry(identity="another model")
         store, arena = self.open(mine)

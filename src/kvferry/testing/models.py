@@ -37,6 +37,20 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("MistralConfig", {"sliding_window": 24, "head_dim": 8}),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            "head_dim": 64,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 64,
+            "v_head_dim": 64,
+            "first_k_dense_replace": 64,
+            "n_routed_experts": 2,
+            "num_experts_per_tok": 1,
+        },
+    ),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
     "lfm3": (
         "Lfm3Config",
@@ -61,8 +75,8 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-FAMILIES = tuple(_FAMILIES)
-"""Names that `make_model` knows."""
+FAMILIES = tuple(family for family in _FAMILIES if family != "deepseek_v2")
+"""Names that `make_model` knows of models that the embedded engine runs: it has no latent attention."""
 
 
 def make_model(family: str, folder: Path, *, seed: int = 0, **overrides: Any) -> Path:

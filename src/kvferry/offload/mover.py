@@ -32,6 +32,26 @@ _MOST_LOAD_ENDS = 1024
 """Of those that nobody asks for, the last are kept."""
 
 
+_SAMPLING_SECONDS = 0.002
+"""After a pass the engine samples, and its tokens leave the device on the wire that saves would fill: they let them go
+first, as vLLM's OffloadingConnector does, which saves with the next step."""
+
+
+class PassEnd:
+    """When saves of one pass may begin. event: marks the pass's last work (`transfer.copy.mark`); None: it has ended,
+    and there is no wire. For one thread."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+        self._until = 0.0
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+            self._event, self._until = None, time.monotonic() + _SAMPLING_SECONDS
+        time.sleep(max(0.0, self._until - time.monotonic()))
+
+
 class JobEnds(Protocol):
     """What a mover needs of a `BlockStore`, which may be in another process."""
 
@@ -108,7 +128,7 @@ class Mover:
 
     def load_beside(self, job: CopyJob, stream: Any) -> None:
         """Copy into the pool once the slots are filled, after the work that `stream` was given so far."""
-        load = partial(self._run, Direction.TO_POOL, job, mark(stream))
+        load = partial(self._load, job, mark(stream))
         task = Task(job.job_id, partial(self._timed, job.job_id, time.monotonic(), load))
         if job.ready:
             self._loads.submit(task)
@@ -137,12 +157,13 @@ class Mover:
         """Copy out of the pool, after the work that `stream` was given so far. What passing groups have is copied when
         this returns; the blocks of the others must stay as they are until `take_ended` reports the job."""
         written = mark(stream)
+        end = PassEnd(written)
         begun = [
             (job, self._submit(Direction.FROM_POOL, job, self._passing_groups, written) if self._passing_groups else [])
             for job in jobs
         ]
         for job, copies in begun:
-            task = Task(job.job_id, partial(self._run, Direction.FROM_POOL, job, written))
+            task = Task(job.job_id, partial(self._save, job, written, end))
             self._saves.submit(task, wanted=copies is not None and self._finish(copies))
 
     def cancel(self, job_id: int) -> None:
@@ -175,12 +196,16 @@ class Mover:
         self._load_ends.append(LoadEnd(job_id, time.monotonic() - since, ok))
         return ok
 
-    def _run(self, direction: Direction, job: CopyJob, after: Any, wanted: bool) -> bool:
-        """A task's body, in a thread of the background's."""
+    def _load(self, job: CopyJob, after: Any, wanted: bool) -> bool:
+        """The body of a load's task."""
+        return self._end(job, self._submit(Direction.TO_POOL, job, self._groups, after) if wanted else None)
+
+    def _save(self, job: CopyJob, written: Any, end: PassEnd, wanted: bool) -> bool:
+        """The body of a save's task."""
         copies = None
         if wanted:
-            groups = self._groups - self._passing_groups if direction is Direction.FROM_POOL else self._groups
-            copies = self._submit(direction, job, groups, after)
+            end.wait()
+            copies = self._submit(Direction.FROM_POOL, job, self._groups - self._passing_groups, written)
         return self._end(job, copies)
 
     def _readiness(self, job: CopyJob) -> Readiness:

@@ -28,7 +28,7 @@ def mark(stream: Any) -> Any:
     was called has happened."""
     if not isinstance(stream, torch.cuda.Stream):
         return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # Who waits sleeps: the engine needs cores.
     event.record(stream)
     return event
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -206,20 +207,40 @@ def test_views_outlive_the_mapping(make_arena: MakeArena) -> None:
     del arena, array
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs; run the tests as root")
-def test_a_full_file_system_is_an_error_code(tmp_path: Path) -> None:
-    folder = tmp_path / "small"
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A tmpfs, while it is needed."""
     folder.mkdir()
     mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k,mode=700", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"mode=700,{options}", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mount.returncode:
         pytest.skip("mounting is not allowed here; on a machine where it is, run the tests as root")
     try:
-        arena = Arena.create(1 << 20, str(folder))
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs; run the tests as root")
+def test_a_full_file_system_is_an_error_code(tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "size=512k"):
+        arena = Arena.create(1 << 20, str(tmp_path / "small"))
         with pytest.raises(OSError, match="No space left") as caught:
             [arena.claim(unit) for unit in range(arena.num_units)]
         assert caught.value.errno == errno.ENOSPC
         arena.close()
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a tmpfs of huge pages; run the tests as root")
+def test_memory_has_huge_pages_where_its_file_system_has(tmp_path: Path) -> None:
+    with mounted(tmp_path / "huge", "size=64m,huge=within_size"):
+        arena = Arena.create(32 << 20, str(tmp_path / "huge"))
+        for unit in range(arena.num_units):
+            arena.claim(unit)
+            arena.populate(unit)
+        maps = Path("/proc/self/smaps").read_text(encoding="utf-8")
+        of_arena = maps[maps.index(arena.info.path) :].partition("VmFlags")[0]
+        (huge_kib,) = (int(line.split()[1]) for line in of_arena.splitlines() if line.startswith("ShmemPmdMapped"))
+        assert huge_kib > 0, "how much of it is the kernel's choice"
+        arena.close()

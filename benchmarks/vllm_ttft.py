@@ -90,6 +90,25 @@ def run_rounds(modes: list[Mode], given: argparse.Namespace, num_tokens: int) ->
     return rounds
 
 
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Times to first token by mode, one picture a length. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    lengths = [length for length in figures if length != "batch" and figures[length]]
+    picture = Figure(figsize=(4.5 * len(lengths), 3.6), layout="constrained")
+    for axes, length in zip(picture.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
+        modes = [*figures[length][-1]]
+        for at, name in enumerate(TIMES):
+            seconds = [[of[mode][name] for of in figures[length] if mode in of] for mode in modes]
+            heights = [1e3 * statistics.median(of_mode) for of_mode in seconds]
+            bars = axes.bar([place + 0.27 * at for place in range(len(modes))], heights, 0.25, label=name)
+            axes.bar_label(bars, fmt="%.0f", fontsize=7)
+        axes.set(title=f"{int(length):,} tokens", ylabel="time to first token, ms")
+        axes.set_xticks([place + 0.27 for place in range(len(modes))], modes)
+    picture.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(TIMES))
+    picture.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modes", nargs="*", default=["none", "kvferry"], metavar="MODE", help=", ".join(MODES))
@@ -105,6 +124,7 @@ def main() -> None:
     parser.add_argument("--settle", type=float, default=1.0, help="seconds that saves have after each turn")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds after which a mode is given up")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--plot", type=Path, help="also draw the times to first token here")
     given = parser.parse_args()
     if unknown := set(given.modes) - set(MODES):
         parser.error(f"no mode: {', '.join(sorted(unknown))}; there are {', '.join(MODES)}")
@@ -136,6 +156,8 @@ def main() -> None:
             mode.close()
     if given.json is not None:
         given.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    if given.plot is not None:
+        plot(figures, given.plot)
 
 
 if __name__ == "__main__":

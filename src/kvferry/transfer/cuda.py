@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvferry.memory import populate
+from kvferry.memory import node_of_pci_device, populate, prefer_node
 from kvferry.observability.log import OnceLog
 from kvferry.transfer import tuning
 from kvferry.transfer.host import move
@@ -40,6 +40,7 @@ _DEVICE, _HOST = 1, 2
 """cudaMemLocationType."""
 _IN_STREAM_ORDER, _ANY_ORDER = 1, 3
 """cudaMemcpySrcAccessOrder: slots do not change while they are leased, so the device may read them at any time."""
+_BUS_ID_BYTES: Final = 32
 _TO_DEVICE, _TO_HOST = 1, 2
 """cudaMemcpyKind."""
 
@@ -71,6 +72,9 @@ class Runtime:
         self._version = version.value
         self._device = torch.cuda.current_device() if device.index is None else device.index
         self._can_batch = self._version >= _BATCH_WITH_FAIL_INDEX
+        bus_id = ctypes.create_string_buffer(_BUS_ID_BYTES)
+        self.call("cudaDeviceGetPCIBusId", bus_id, ctypes.c_int(_BUS_ID_BYTES), ctypes.c_int(self._device))
+        self._node = node_of_pci_device(bus_id.value.decode())
         self._log = OnceLog(logger)
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -85,7 +89,13 @@ class Runtime:
         self.call("cudaSetDevice", ctypes.c_int(self._device))
 
     def register(self, address: int, num_bytes: int) -> None:
-        """Pin host memory. Pages that do not exist yet are made first, while the driver is still free for others."""
+        """Pin host memory, next to the device where there are several nodes. Pages that do not exist yet are made
+        first, while the driver is still free for others."""
+        if self._node is not None:
+            try:
+                prefer_node(address, num_bytes, self._node)
+            except OSError as error:
+                self._log.warn("node", "memory is not next to the device, which is slower: %s", error)
         populate(address, num_bytes)
         self.call("cudaHostRegister", ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), ctypes.c_uint(0))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ TOKENS_PER_BLOCK = 4
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 3, 2, 4
 VOCABULARY = 50
 _GARBAGE = -1.0
+_POLL_SECONDS = 0.0005
 _MODULUS = (1 << 19) - 1
 """A prime; lanes times it stay whole numbers that float32 holds exactly."""
 
@@ -133,6 +135,8 @@ class FakeEngine:
     def step(self) -> Finished:
         """One iteration of the engine's loop."""
         plan = self.scheduler.schedule()
+        if not plan.batch.slices and self.scheduler.has_transfers:
+            time.sleep(_POLL_SECONDS)  # Else this thread would keep the interpreter from those that copy.
         wrong: set[int] = set()
         drawn: dict[int, int] = {}
         for sequence in self._sequences.values():

@@ -103,7 +103,7 @@ class CopyEngine:
 
     def submit(self, direction: Direction, parts: Sequence[PartBlocks], after: Any = None) -> Copy:
         """Begin to copy, after the work that `after` marks (see `mark`). Blocks and slots are the copy's until it has
-        been waited for. IndexError: see `_check`. CudaError: the device cannot do it."""
+        been waited for, unless this raises. IndexError: see `_check`. CudaError: the device cannot do it."""
         rows = block_rows(parts)
         self._check(rows)
         if self._copier.cuda is not None:
@@ -117,11 +117,15 @@ class CopyEngine:
         steps = []
         regions = self._layout.regions
         per_step = max(1, _STEP_COPIES // max(1, rows.ids.size))
-        for first in range(0, len(regions), per_step):
-            which = slice(first, first + per_step)
-            copier.copy(plan_copies(rows, self._strides, direction, which), direction)
-            layers = frozenset(layer for region in regions[which] for layer in region.layers)
-            steps.append((layers, mark(stream)))
+        try:
+            for first in range(0, len(regions), per_step):
+                which = slice(first, first + per_step)
+                copier.copy(plan_copies(rows, self._strides, direction, which), direction)
+                layers = frozenset(layer for region in regions[which] for layer in region.layers)
+                steps.append((layers, mark(stream)))
+        except Exception:
+            stream.synchronize()  # Whoever hears of it takes blocks and slots back, which the first steps still use.
+            raise
         return Copy(steps=tuple(steps))
 
     def _check(self, rows: BlockRows) -> None:

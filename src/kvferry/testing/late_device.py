@@ -1,0 +1,105 @@
+"""A device whose work comes late: a stream keeps what it was given until the test, or who waits for it, lets it run.
+
+Streams take turns at random, as far as the events that they wait for permit. So what is in no order by events happens
+in any order, and long after the host went on. Patch `mark` here over `kvferry.transfer.copy.mark` where that is used.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from kvferry.transfer.host import move
+from kvferry.transfer.plan import Direction, Plan
+
+
+class Event:
+    """A moment in a stream's work."""
+
+    def __init__(self, device: LateDevice) -> None:
+        self._device = device
+        self.is_past = False
+
+    def query(self) -> bool:
+        return self.is_past
+
+    def synchronize(self) -> None:
+        while not self.is_past:
+            self._device.run_one()
+
+    def pass_by(self) -> None:
+        self.is_past = True
+
+
+class Stream:
+    """Work in order. An entry without work is an event that is waited for."""
+
+    def __init__(self, device: LateDevice) -> None:
+        self._device = device
+        self.work: deque[tuple[Callable[[], Any] | None, Event | None]] = deque()
+
+    def enqueue(self, run: Callable[[], Any]) -> None:
+        self.work.append((run, None))
+
+    def wait_event(self, event: Event) -> None:
+        self.work.append((None, event))
+
+    def record(self) -> Event:
+        event = Event(self._device)
+        self.enqueue(event.pass_by)
+        return event
+
+    def synchronize(self) -> None:
+        self.record().synchronize()
+
+    @property
+    def can_go_on(self) -> bool:
+        return bool(self.work) and (self.work[0][1] is None or self.work[0][1].is_past)
+
+
+class LateDevice:
+    """Streams whose work runs one piece at a time."""
+
+    def __init__(self, choose: random.Random) -> None:
+        self._choose = choose
+        self._streams: list[Stream] = []
+
+    def stream(self) -> Stream:
+        self._streams.append(Stream(self))
+        return self._streams[-1]
+
+    def run_one(self) -> None:
+        """The next piece of one stream's work."""
+        ready = [stream for stream in self._streams if stream.can_go_on]
+        assert ready, "streams wait for each other"
+        run, _ = self._choose.choice(ready).work.popleft()
+        if run is not None:
+            run()
+
+    def run(self, share: float) -> None:
+        """About this share of what there is."""
+        for _ in range(int(share * sum(len(stream.work) for stream in self._streams))):
+            if any(stream.can_go_on for stream in self._streams):
+                self.run_one()
+
+
+class LateCopier:
+    """Stands for `CudaCopier`."""
+
+    def __init__(self, device: LateDevice) -> None:
+        self.streams = {way: device.stream() for way in Direction}
+
+    def copy(self, plan: Plan, direction: Direction) -> None:
+        self.streams[direction].enqueue(partial(move, plan))
+
+    def close(self) -> None:
+        for stream in self.streams.values():
+            stream.synchronize()
+
+
+def mark(stream: Stream | None) -> Event | None:
+    """Stands for `transfer.copy.mark`."""
+    return stream.record() if stream is not None else None

@@ -1,0 +1,84 @@
+"""Copies in the order of a device's work, on a device that the test holds back."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from kvferry.testing.late_device import LateCopier, LateDevice, Stream
+from kvferry.testing.late_device import mark as mark_late
+from kvferry.transfer import copy as copy_module
+from kvferry.transfer.copy import Copier, CopyEngine
+from kvferry.transfer.layout import Layout, read_regions
+from kvferry.transfer.plan import Direction, PartBlocks, Plan
+
+NUM_LAYERS, NUM_BLOCKS, BLOCKS_PER_PART, PAGE_BYTES = 5, 16, 4, 64
+IDS = [3, 9, 4, 12]
+
+
+class Scene:
+    """A pool of zeros on a late device, an arena full of other bytes, and a step for each layer of a copy."""
+
+    def __init__(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(copy_module, "mark", mark_late)
+        monkeypatch.setattr(copy_module, "_STEP_COPIES", 1)
+        self.device = LateDevice(random.Random(seed))
+        self.main = self.device.stream()
+        self.pool = torch.zeros(NUM_LAYERS, NUM_BLOCKS, PAGE_BYTES, dtype=torch.uint8)
+        layout = read_regions([(pages, (layer,)) for layer, pages in enumerate(self.pool)], 1, "test")
+        assert isinstance(layout, Layout)
+        rng = np.random.default_rng(seed)
+        self.arena = rng.integers(1, 256, BLOCKS_PER_PART * layout.block_bytes, dtype=np.uint8)
+        self.copier = Copier(layout.device, memoryview(self.arena))
+        self.engine = CopyEngine(layout, self.copier, BLOCKS_PER_PART)
+        self.parts = [PartBlocks(0, 0, IDS)]
+
+    def in_arena(self, layer: int) -> torch.Tensor:
+        return torch.from_numpy(self.arena.copy()).view(NUM_LAYERS, BLOCKS_PER_PART, PAGE_BYTES)[layer]
+
+
+def test_a_layer_can_be_used_once_it_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    was_early = False
+    for seed in range(50):
+        scene = Scene(seed, monkeypatch)
+        scene.copier.cuda = LateCopier(scene.device)  # type: ignore[assignment]
+        copy = scene.engine.submit(Direction.TO_POOL, scene.parts, mark_late(scene.main))
+        last, rest = copy.steps[-1][1], []
+        seen: dict[int, torch.Tensor] = {}
+
+        def look(layer: int, seen: dict[int, torch.Tensor] = seen, scene: Scene = scene) -> None:
+            seen[layer] = scene.pool[layer, IDS].clone()
+
+        for layer in range(NUM_LAYERS):
+            copy.wait_for_layer(layer, scene.main)
+            scene.main.enqueue(partial(look, layer))
+            scene.main.enqueue(partial(lambda rest=rest, last=last: rest.append(last.query())))
+        scene.main.synchronize()
+        assert all(torch.equal(seen[layer], scene.in_arena(layer)) for layer in range(NUM_LAYERS))
+        was_early |= not rest[0]
+        scene.copier.close()
+    assert was_early, "the first layers are used while the last are under way"
+
+
+def test_a_submission_that_breaks_off_leaves_nothing_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Breaking(LateCopier):
+        num_left = 3
+
+        def copy(self, plan: Plan, direction: Direction) -> None:
+            self.num_left -= 1
+            if self.num_left < 0:
+                raise RuntimeError("out of order")
+            super().copy(plan, direction)
+
+    for seed in range(20):
+        scene = Scene(seed, monkeypatch)
+        scene.copier.cuda = breaking = Breaking(scene.device)  # type: ignore[assignment]
+        held_back: Stream = scene.main
+        with pytest.raises(RuntimeError, match="out of order"):
+            scene.engine.submit(Direction.TO_POOL, scene.parts, mark_late(held_back))
+        assert not any(stream.work for stream in breaking.streams.values())
+        scene.copier.close()

@@ -2,17 +2,22 @@
 
 Each step writes into the blocks that the scheduler gave, and proves before that all that attention would read is there:
 of full attention every position, of a window those in it, of recurrent layers the state where the last pass ended.
-Groups share memory, as vLLM's do. Copies run when the test says so, in its order; some loads fail.
+Groups share memory, as vLLM's do. Copies run when the test says so, in its order; some loads fail. With a late device
+steps and copies are enqueued on its streams, and happen when events permit and chance decides.
 """
 
 from __future__ import annotations
 
+import os
 import random
 from collections import deque
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from vllm.engine.arg_utils import EngineArgs
@@ -35,6 +40,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from kvferry.integrations.vllm import KVConnectorRole, KVFerryConnector
 from kvferry.offload.background import Readiness, Task
+from kvferry.testing.late_device import Event, LateCopier, LateDevice, mark
 
 BLOCK, CHUNK, WINDOW = 4, 8, 10
 _NAMES = 1 << 40
@@ -55,7 +61,7 @@ class ByHand:
         self._choose = choose
         self._tasks: dict[int, tuple[Task, Callable[[], Readiness] | None, bool]] = {}
         self._ended: dict[int, bool] = {}
-        self.failures = 0
+        self.failures = self.num_waits = 0
 
     def submit(self, task: Task, *, wanted: bool = True) -> None:
         self._tasks[task.job_id] = task, None, wanted
@@ -76,6 +82,13 @@ class ByHand:
             if job_id in self._tasks:
                 self._end(job_id, fails=False)
 
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._tasks)
+
+    def wait_for_end(self, seconds: float) -> None:
+        self.num_waits += 1  # in vain
+
     def take_ended(self) -> dict[int, bool]:
         ended, self._ended = self._ended, {}
         return ended
@@ -94,11 +107,22 @@ class ByHand:
 
 
 class Simulation:
-    """kinds: of groups, "full", "window" or "state". overlap: a step is scheduled before the last one is heard of."""
+    """kinds: of groups, "full", "window" or "state". overlap: a step is scheduled before the last one is heard of.
+    is_late: what steps and copies do is done by a device, later. Of both of vLLM's model runners one is drawn; the
+    second writes to blocks before it tells of preemptions."""
 
-    def __init__(self, model: Path, kinds: tuple[str, ...], num_blocks: int, seed: int, *, overlap: bool) -> None:
+    def __init__(
+        self, model: Path, kinds: tuple[str, ...], num_blocks: int, seed: int, *, overlap: bool, is_late: bool = False
+    ) -> None:
         self.choose = random.Random(seed)
         self._kinds, self._overlap = kinds, overlap
+        self._device = LateDevice(self.choose) if is_late else None
+        self._stream = self._device.stream() if self._device is not None else None
+        self._is_second_runner = self.choose.random() < 0.3
+        self._patches = ExitStack()
+        for where in ("kvferry.transfer.copy.mark", "kvferry.offload.mover.mark") if is_late else ():
+            self._patches.enter_context(patch(where, mark))
+        self._patches.enter_context(patch("kvferry.integrations.vllm._stream", lambda: self._stream))
         config = EngineArgs(
             str(model),
             load_format="dummy",
@@ -115,6 +139,9 @@ class Simulation:
                 "kv_connector_extra_config": {"chunk_tokens": CHUNK, "l1_size_gb": 0.002, "async_load": "always"},
             },
         ).create_engine_config()
+        # Not before: making a configuration asks for Triton.
+        runner = {"VLLM_USE_V2_MODEL_RUNNER": str(int(self._is_second_runner))}
+        self._patches.enter_context(patch.dict(os.environ, runner))
         config.cache_config.block_size, config.cache_config.num_gpu_blocks = BLOCK, num_blocks
         config.cache_config.mamba_cache_mode = "align" if "state" in kinds else "none"
         config.cache_config.enable_prefix_caching = True
@@ -137,9 +164,10 @@ class Simulation:
         self.copies = ByHand(self.choose)
         self._tables: dict[str, list[list[int]]] = {}
         self._tokens: dict[str, list[int]] = {}
-        self._unheard: deque[tuple[Any, ModelRunnerOutput]] = deque()
+        self._unheard: deque[tuple[Any, ModelRunnerOutput, Event | None]] = deque()
+        self.wrong: list[str] = []
         self.answers: dict[str, list[int]] = {}
-        self.num_preempted = 0
+        self.num_preempted = self.num_ahead = 0
 
     def _view(self, kind: str) -> torch.Tensor | list[torch.Tensor]:
         return [self.raw[:, :1]] if kind == "state" else self.raw.view(-1, 1, BLOCK, 2)
@@ -162,9 +190,15 @@ class Simulation:
     def step(self, *, failing: float = 0.0) -> None:
         output = self.scheduler.schedule()
         self.num_preempted += len(output.preempted_req_ids or ())
-        self._unheard.append((output, self._execute(output, failing)))
+        self._unheard.append((output, self._execute(output, failing), mark(self._stream)))
+        if self._device is not None:
+            self._device.run(self.choose.random())
         while len(self._unheard) > (1 if self._overlap and output.num_scheduled_tokens else 0):
-            for answered in self.scheduler.update_from_output(*self._unheard.popleft()).values():
+            *heard, end = self._unheard.popleft()
+            if end is not None:
+                end.synchronize()
+            assert not self.wrong, self.wrong[0]
+            for answered in self.scheduler.update_from_output(*heard).values():
                 for of in answered.outputs:
                     self.answers.setdefault(of.request_id, []).extend(of.new_token_ids)
 
@@ -172,23 +206,32 @@ class Simulation:
 
     def _execute(self, output: Any, failing: float) -> ModelRunnerOutput:
         metadata = output.kv_connector_metadata
-        self.worker.handle_preemptions(metadata)
+        hooks = [
+            lambda: self.worker.handle_preemptions(metadata),
+            lambda: self._do(partial(self._write_blocks, output)),
+        ]
+        for hook in reversed(hooks) if self._is_second_runner else hooks:
+            hook()
         self.worker.bind_connector_metadata(metadata)
         mover = self.worker._worker._mover
         if mover is not None and mover._loads is not self.copies:
             mover._loads.close()
             mover._saves.close()
             mover._loads = mover._saves = self.copies
+            if self._device is not None:
+                mover._copier.cuda = LateCopier(self._device)
         self.copies.run(self.choose.random(), failing)
-        for block in output.new_block_ids_to_zero or ():
-            self.raw[block] = 0
-        for copied in output.kv_cache_block_copies or ():
-            self.raw[copied.dst_block_id] = self.raw[copied.src_block_id]
+        are_first = self.choose.random() < 0.3  # as vLLM 0.26 has it; later versions start loads after the pass
+        if are_first:
+            self._start_loads()
         sampled = self._forward(output)
-        self.worker.start_load_kv(None)
+        if not are_first:
+            self._start_loads()
         self.worker.wait_for_save()
         self.copies.run(self.choose.random(), failing)
+        num_waits = self.copies.num_waits
         results = self.worker.get_transfer_results(output.finished_req_ids)
+        assert num_waits == self.copies.num_waits or not output.num_scheduled_tokens, "only empty steps have time"
         told = KVConnectorOutput(
             finished_sending=results.finished_sending or None,
             finished_recving=results.finished_recving or None,
@@ -204,6 +247,25 @@ class Simulation:
             sampled_token_ids=[sampled[name] for name in names],
             kv_connector_output=told,
         )
+
+    def _start_loads(self) -> None:
+        mover = self.worker._worker._mover
+        known = list(mover._ahead) if mover is not None else []
+        self.worker.start_load_kv(None)
+        self.num_ahead += mover is not None and mover._ahead != known
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Now, or when the device comes to it."""
+        if self._stream is None:
+            work()
+        else:
+            self._stream.enqueue(work)
+
+    def _write_blocks(self, output: Any) -> None:
+        for block in output.new_block_ids_to_zero or ():
+            self.raw[block] = 0
+        for copied in output.kv_cache_block_copies or ():
+            self.raw[copied.dst_block_id] = self.raw[copied.src_block_id]
 
     def _forward(self, output: Any) -> dict[str, list[int]]:
         """What each scheduled request samples."""
@@ -229,28 +291,34 @@ class Simulation:
             names.append(name_after(names[-1], token))
         salt = self.scheduler.requests[name].cache_salt if name in self.scheduler.requests else None
         names = [of + (1 if salt else 0) for of in names[1:]]
-        for kind, table in zip(self._kinds, self._tables[name], strict=True):
-            if kind == "state":
-                if computed:
-                    before = self.raw[table[(computed - 1) // BLOCK], 0].item()
-                    assert before == names[computed - 1], f"{name}: no state of {computed} tokens"
-                self.raw[table[(end - 1) // BLOCK], 0] = names[end - 1]
-                continue
-            first = max(0, computed - WINDOW + 1) if kind == "window" else 0
-            for position in range(first, end):
-                place = self.raw[table[position // BLOCK]].view(BLOCK, 2)[position % BLOCK]
-                if position < computed:
-                    assert place.tolist() == [names[position]] * 2, f"{name}: {kind} lacks token {position} of {end}"
-                else:
-                    place[:] = names[position]
+        tables = [list(table) for table in self._tables[name]]
+        self._do(partial(self._attend, name, tables, names, computed))
         if end < len(tokens):
             return []
         tokens.append(names[-1] % 50 + 2)
         return tokens[-1:]
 
+    def _attend(self, name: str, tables: list[list[int]], names: list[int], computed: int) -> None:
+        """Of the tokens of these names all after `computed` are written; what they attend to must be there."""
+        end = len(names)
+        for kind, table in zip(self._kinds, tables, strict=True):
+            if kind == "state":
+                if computed and self.raw[table[(computed - 1) // BLOCK], 0].item() != names[computed - 1]:
+                    self.wrong.append(f"{name}: no state of {computed} tokens")
+                self.raw[table[(end - 1) // BLOCK], 0] = names[end - 1]
+                continue
+            first = max(0, computed - WINDOW + 1) if kind == "window" else 0
+            for position in range(first, end):
+                place = self.raw[table[position // BLOCK]].view(BLOCK, 2)[position % BLOCK]
+                if position >= computed:
+                    place[:] = names[position]
+                elif place.tolist() != [names[position]] * 2:
+                    self.wrong.append(f"{name}: {kind} lacks token {position} of {end}")
+
     def close(self) -> None:
         self.worker.shutdown()
         self.scheduler.shutdown()
+        self._patches.close()
 
 
 def _cache_config(kinds: tuple[str, ...], num_blocks: int) -> KVCacheConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,14 @@ def drive(simulation: Simulation, *, failing: float) -> None:
             simulation.step(failing=failing)
         if choose.random() < 0.15:
             simulation.abort(waiting.pop(choose.randrange(len(waiting))))
+        if choose.random() < 0.2:
+            finish(simulation, failing)  # so that the next one finds an idle engine
         if choose.random() < 0.3:
             simulation.scheduler.reset_prefix_cache()
+    finish(simulation, failing)
+
+
+def finish(simulation: Simulation, failing: float) -> None:
     steps = 0
     while simulation.is_busy:
         simulation.step(failing=failing)
@@ -42,15 +49,23 @@ def drive(simulation: Simulation, *, failing: float) -> None:
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["one step at a time", "overlapping steps"])
 @pytest.mark.parametrize("failing", [0.0, 0.2], ids=["", "some loads fail"])
+@pytest.mark.parametrize("is_late", [False, True], ids=["", "late device"])
 @pytest.mark.parametrize("groups", GROUPS)
-def test_every_step_reads_what_was_computed(llama: Path, groups: str, failing: float, overlap: bool) -> None:
-    seen = {"loaded": 0.0, "preempted": 0.0, "failed": 0.0}
+def test_every_step_reads_what_was_computed(
+    llama: Path, groups: str, is_late: bool, failing: float, overlap: bool
+) -> None:
+    seen = {"loaded": 0.0, "preempted": 0.0, "failed": 0.0, "ahead": 0, "waits": 0}
 
-    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(
+        max_examples=int(os.environ.get("EX", "8")),
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
     @given(st.integers(0, 2**32 - 1))
     def run(seed: int) -> None:
         num_blocks = {"full": 32, "windows": 40, "states": 46, "all": 50}[groups]
-        simulation = Simulation(llama, GROUPS[groups], num_blocks, seed, overlap=overlap)
+        simulation = Simulation(llama, GROUPS[groups], num_blocks, seed, overlap=overlap, is_late=is_late)
         try:
             drive(simulation, failing=failing)
             stats = simulation.half.stats()
@@ -60,6 +75,8 @@ def test_every_step_reads_what_was_computed(llama: Path, groups: str, failing: f
             seen["loaded"] += stats.get("load_tokens_memory", 0)
             seen["preempted"] += simulation.num_preempted
             seen["failed"] += simulation.copies.failures
+            seen["ahead"] += simulation.num_ahead
+            seen["waits"] += simulation.copies.num_waits
         finally:
             simulation.close()
 
@@ -67,3 +84,5 @@ def test_every_step_reads_what_was_computed(llama: Path, groups: str, failing: f
     assert seen["loaded"] > 0
     assert seen["preempted"] > 0
     assert (seen["failed"] > 0) == (failing > 0)
+    assert (seen["ahead"] > 0) == is_late
+    assert seen["waits"] > 0 or groups in {"states", "all"}

@@ -63,7 +63,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
         self._chunk_tokens = options.chunk_tokens
         engine = _engine(vllm_config)
         if role is KVConnectorRole.WORKER:
-            self._worker = WorkerHalf(engine, options)
+            self._worker = WorkerHalf(engine, options, writes_early=_writes_early(vllm_config, kv_cache_config))
             return
         # A load that fails is computed. vLLM's own default is to fail the request, and it asks after this constructor.
         transfer = vllm_config.kv_transfer_config
@@ -152,12 +152,12 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         if self._worker is not None:
-            self._worker.release_preempted(kv_connector_metadata)
+            self._worker.release_preempted(kv_connector_metadata, _stream())
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:
-            self._worker.bind(connector_metadata)
+            self._worker.bind(connector_metadata, _stream())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
@@ -279,6 +279,13 @@ def _engine(vllm_config: Any) -> Engine:
 def _tells_events(vllm_config: Any) -> bool:
     events = getattr(vllm_config, "kv_events_config", None)
     return events is not None and events.enable_kv_cache_events
+
+
+def _writes_early(vllm_config: Any, kv_cache_config: Any) -> bool:
+    """Whether blocks are zeroed or copied to before any hook of the step: by vLLM's second model runner, where they are
+    at all."""
+    is_second_runner = getattr(vllm_config, "use_v2_model_runner", False)
+    return is_second_runner and getattr(kv_cache_config, "needs_kv_cache_zeroing", False)
 
 
 def _check_version(vllm_config: Any, kv_cache_config: Any) -> None:

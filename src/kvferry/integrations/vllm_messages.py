@@ -15,7 +15,7 @@ class FerryMetadata(KVConnectorMetadata):
 
     jobs: the planner's, whose request ids are numbers. names: vLLM's ids of requests that workers will report.
     lost: loads that were promised and cannot be made any more, with the blocks that they should have filled.
-    is_idle: nothing is computed in this step, and its one load is the only one under way.
+    is_empty: nothing is computed in this step. is_idle: besides, its one load is the only one under way.
     finished: requests whose blocks wait for the end of their saves. preempted: requests whose blocks are gone: this
     step may write to them.
     """
@@ -23,6 +23,7 @@ class FerryMetadata(KVConnectorMetadata):
     jobs: PassMetadata = field(default_factory=PassMetadata)
     names: dict[int, str] = field(default_factory=dict)
     lost: dict[int, list[int]] = field(default_factory=dict)
+    is_empty: bool = False
     is_idle: bool = False
     finished: list[int] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)

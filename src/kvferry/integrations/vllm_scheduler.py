@@ -164,7 +164,8 @@ class SchedulerHalf:
             if self._roles.may_store:
                 self._translate(output, translated)
             told.jobs = self._planner.plan(translated, output.num_scheduled_tokens)
-            told.is_idle = not output.num_scheduled_tokens and len(told.jobs.async_loads) == len(self._loading) == 1
+            told.is_empty = not output.num_scheduled_tokens
+            told.is_idle = told.is_empty and len(told.jobs.async_loads) == len(self._loading) == 1
             self._count(told.jobs)
             self._expect_events(told.jobs)
             lost = {number: told.names[number] for number in told.jobs.lost_loads if number in told.names}

@@ -3,7 +3,7 @@
 Every load runs beside the passes, so that one that cannot be made is known before anything was computed from it: vLLM
 may have scheduled the next pass before it learns how this one went. On CUDA the only load of an idle engine counts as
 ended once its copies are enqueued, and the pass that waits for it is launched while they run. Every save runs beside
-the passes too, except for groups whose blocks vLLM takes back while their request runs.
+the passes too, except for groups whose blocks vLLM takes back while their request runs, or writes to before it says so.
 """
 
 from __future__ import annotations
@@ -30,12 +30,21 @@ logger = logging.getLogger(__name__)
 _REGISTERING_SECONDS = 1.0
 """How long the end waits for who registers, perhaps with a store that will never come."""
 
+_EMPTY_STEP_SECONDS = 0.001
+"""An engine that only waits for copies makes one empty step after the other. In its caller's process nothing makes it
+sleep, and it would keep the interpreter from the threads that copy; elsewhere vLLM lets it sleep as long as this."""
+
 
 class WorkerHalf:
-    """One rank's jobs. Until there is a store, and the model has a name, loads fail and saves are not begun."""
+    """One rank's jobs. Until there is a store, and the model has a name, loads fail and saves are not begun.
 
-    def __init__(self, engine: Engine, options: StoreOptions) -> None:
+    writes_early: a step writes to blocks before it says that they were given to another request, so no copy may be
+    under way in blocks that can be.
+    """
+
+    def __init__(self, engine: Engine, options: StoreOptions, *, writes_early: bool = False) -> None:
         self._engine = engine
+        self._writes_early = writes_early
         self._options = options
         self._store, self._close_store = open_for_worker(engine, options)
         self._groups: Sequence[CacheGroup] = ()
@@ -44,6 +53,8 @@ class WorkerHalf:
         self._registering: threading.Thread | None = None
         self._is_closing = False
         self._metadata = FerryMetadata()
+        self._is_empty = False
+        """Whether the step computes nothing."""
         self._names: dict[int, str] = {}
         self._loads: dict[int, int] = {}
         self._saves: dict[int, int] = {}
@@ -83,10 +94,12 @@ class WorkerHalf:
         except Exception:  # the thread's boundary
             logger.exception("KV is not kept beyond vLLM's pool")
 
-    def bind(self, metadata: FerryMetadata) -> None:
-        """Take a step's orders."""
+    def bind(self, metadata: FerryMetadata, stream: Any) -> None:
+        """Take a step's orders. What `stream` is given from now on, such as the step's pass, finds what was loaded
+        ahead: vLLM may call `start_loads` before the pass or after it."""
         self._follow_arena()
-        self._metadata = metadata
+        self._order_after_loads(stream)
+        self._metadata, self._is_empty = metadata, metadata.is_empty
         self._names |= metadata.names
         self._finished.update(metadata.finished)
 
@@ -104,21 +117,29 @@ class WorkerHalf:
             self._layouts,
             self._options.chunk_tokens,
             self._engine.rank,
-            frozenset(index for index, group in enumerate(self._groups) if group.kind is not GroupKind.FULL),
+            frozenset(
+                index
+                for index, group in enumerate(self._groups)
+                if self._writes_early or group.kind is not GroupKind.FULL
+            ),
             ready_seconds=self._options.load_deadline_seconds,
         )
 
-    def release_preempted(self, metadata: FerryMetadata) -> None:
-        """Before a step writes to blocks of requests that were preempted: wait for copies out of them."""
+    def release_preempted(self, metadata: FerryMetadata, stream: Any) -> None:
+        """Before a step writes to blocks of requests that were preempted: wait for copies out of them. Before it copies
+        or zeroes blocks, which may be before `bind`: wait for copies into them."""
+        self._order_after_loads(stream)
         preempted = set(metadata.preempted)
         jobs = [job_id for job_id, request in self._saves.items() if request in preempted]
         if self._mover is not None and jobs:
             self._mover.flush(jobs)
 
-    def start_loads(self, stream: Any) -> None:
-        """Begin the step's loads, before `stream` is given the step's pass."""
+    def _order_after_loads(self, stream: Any) -> None:
         if self._mover is not None:
             self._mover.order_after_loads(stream)
+
+    def start_loads(self, stream: Any) -> None:
+        """Begin the step's loads, of requests that are not in its pass."""
         for number, block_ids in self._metadata.lost.items():
             self._blocks[number] = block_ids
             self._end_load(number, ok=False)
@@ -128,7 +149,7 @@ class WorkerHalf:
             if self._mover is None:
                 self._end_load(number, ok=False)
                 continue
-            if self._metadata.is_idle and self._mover.load_ahead(job, stream):
+            if self._metadata.is_idle and not self._writes_early and self._mover.load_ahead(job, stream):
                 self._end_load(number, ok=True)
                 continue
             self._loads[job.job_id] = number
@@ -144,6 +165,8 @@ class WorkerHalf:
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose saves, and those whose load, ended since the last call."""
         if self._mover is not None:
+            if self._is_empty and not self._loaded and (self._loads or self._saves):
+                self._mover.wait_for_end(_EMPTY_STEP_SECONDS)
             self._take_in(self._mover.take_ended())
         saving = set(self._saves.values()) if self._finished else set()
         saved = self._finished - saving

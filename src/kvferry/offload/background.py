@@ -1,10 +1,11 @@
 """One thread that runs jobs beside the forward passes, and waits for those that are not ready. Knows no copy.
 
-submit   queued; the thread runs it when its turn comes
-wait_for kept aside until `is_ready` says yes or no, or its deadline comes, then run or given up
-cancel   one that is still kept aside is given up
-flush    wait until some have ended
-take_ended   what has ended since the last call, and how
+submit        queued; the thread runs it when its turn comes
+wait_for      kept aside until `is_ready` says yes or no, or its deadline comes, then run or given up
+cancel        one that is still kept aside is given up
+flush         wait until some have ended
+wait_for_end  wait until any has ended
+take_ended    what has ended since the last call, and how
 """
 
 from __future__ import annotations
@@ -93,6 +94,16 @@ class Background:
         """Return when these tasks have ended. Those that are unknown have."""
         with self._end:
             self._end.wait_for(lambda: self._open.isdisjoint(job_ids))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether tasks have not ended."""
+        return bool(self._open)
+
+    def wait_for_end(self, seconds: float) -> None:
+        """Return when there is something to take, or nothing left that could end, or after so long."""
+        with self._end:
+            self._end.wait_for(lambda: self._ended or not self._open, seconds)
 
     def take_ended(self) -> dict[int, bool]:
         """Job ids that ended since the last call, and whether well."""

@@ -175,6 +175,10 @@ class Mover:
         self._loads.flush(job_ids)
         self._saves.flush(job_ids)
 
+    def wait_for_end(self, seconds: float) -> None:
+        """Return when a load beside the passes has ended, or a save if there are no loads, or after so long."""
+        (self._loads if self._loads.is_busy else self._saves).wait_for_end(seconds)
+
     def take_ended(self) -> dict[int, bool]:
         """Ids of jobs beside the passes that ended since the last call, and whether every byte was copied."""
         return self._loads.take_ended() | self._saves.take_ended()

@@ -306,7 +306,7 @@ def test_every_module_imports() -> None:
         try:
             import_module(".".join(parts).removesuffix(".__init__"))
         except ModuleNotFoundError as missing:
-            if missing.name not in HOSTS or "integrations" not in parts:
+            if missing.name not in HOSTS or not ("integrations" in parts or path.stem == "vllm_worker"):
                 raise
 
 

@@ -108,21 +108,29 @@ class ByHand:
 
 class Simulation:
     """kinds: of groups, "full", "window" or "state". overlap: a step is scheduled before the last one is heard of.
-    is_late: what steps and copies do is done by a device, later. Of both of vLLM's model runners one is drawn; the
-    second writes to blocks before it tells of preemptions."""
+    is_late: what steps and copies do is done by a device, later. is_second_runner: of vLLM's two, the one that writes
+    to blocks before it tells of preemptions; None: one is drawn."""
 
     def __init__(
-        self, model: Path, kinds: tuple[str, ...], num_blocks: int, seed: int, *, overlap: bool, is_late: bool = False
+        self,
+        model: Path,
+        kinds: tuple[str, ...],
+        num_blocks: int,
+        seed: int,
+        *,
+        overlap: bool = False,
+        is_late: bool = False,
+        is_second_runner: bool | None = None,
     ) -> None:
         self.choose = random.Random(seed)
         self._kinds, self._overlap = kinds, overlap
-        self._device = LateDevice(self.choose) if is_late else None
-        self._stream = self._device.stream() if self._device is not None else None
-        self._is_second_runner = self.choose.random() < 0.3
+        self.device = LateDevice(self.choose) if is_late else None
+        self.stream = self.device.stream() if self.device is not None else None
+        self._is_second_runner = self.choose.random() < 0.3 if is_second_runner is None else is_second_runner
         self._patches = ExitStack()
         for where in ("kvferry.transfer.copy.mark", "kvferry.offload.mover.mark") if is_late else ():
             self._patches.enter_context(patch(where, mark))
-        self._patches.enter_context(patch("kvferry.integrations.vllm._stream", lambda: self._stream))
+        self._patches.enter_context(patch("kvferry.integrations.vllm._stream", lambda: self.stream))
         config = EngineArgs(
             str(model),
             load_format="dummy",
@@ -139,9 +147,6 @@ class Simulation:
                 "kv_connector_extra_config": {"chunk_tokens": CHUNK, "l1_size_gb": 0.002, "async_load": "always"},
             },
         ).create_engine_config()
-        # Not before: making a configuration asks for Triton.
-        runner = {"VLLM_USE_V2_MODEL_RUNNER": str(int(self._is_second_runner))}
-        self._patches.enter_context(patch.dict(os.environ, runner))
         config.cache_config.block_size, config.cache_config.num_gpu_blocks = BLOCK, num_blocks
         config.cache_config.mamba_cache_mode = "align" if "state" in kinds else "none"
         config.cache_config.enable_prefix_caching = True
@@ -151,7 +156,9 @@ class Simulation:
                 layer = SimpleNamespace(get_attn_backend=lambda: object)
                 config.compilation_config.static_forward_context[name] = layer
         self.raw = torch.zeros(num_blocks, _PAGE, dtype=torch.int64)
-        self.worker = KVFerryConnector(config, KVConnectorRole.WORKER, cache)
+        # Of its worker alone: to make a configuration or a scheduler for it takes a device.
+        with patch.dict(os.environ, {"VLLM_USE_V2_MODEL_RUNNER": str(int(self._is_second_runner))}):
+            self.worker = KVFerryConnector(config, KVConnectorRole.WORKER, cache)
         self.worker.register_kv_caches({f"layer.{index}": self._view(kind) for index, kind in enumerate(kinds)})
         block_size, hash_block_size = resolve_kv_cache_block_sizes(cache, config)
         scheduler = AsyncScheduler if overlap else Scheduler
@@ -190,9 +197,9 @@ class Simulation:
     def step(self, *, failing: float = 0.0) -> None:
         output = self.scheduler.schedule()
         self.num_preempted += len(output.preempted_req_ids or ())
-        self._unheard.append((output, self._execute(output, failing), mark(self._stream)))
-        if self._device is not None:
-            self._device.run(self.choose.random())
+        self._unheard.append((output, self._execute(output, failing), mark(self.stream)))
+        if self.device is not None:
+            self.device.run(self.choose.random())
         while len(self._unheard) > (1 if self._overlap and output.num_scheduled_tokens else 0):
             *heard, end = self._unheard.popleft()
             if end is not None:
@@ -218,8 +225,8 @@ class Simulation:
             mover._loads.close()
             mover._saves.close()
             mover._loads = mover._saves = self.copies
-            if self._device is not None:
-                mover._copier.cuda = LateCopier(self._device)
+            if self.device is not None:
+                mover._copier.cuda = LateCopier(self.device)
         self.copies.run(self.choose.random(), failing)
         are_first = self.choose.random() < 0.3  # as vLLM 0.26 has it; later versions start loads after the pass
         if are_first:
@@ -256,10 +263,10 @@ class Simulation:
 
     def _do(self, work: Callable[[], None]) -> None:
         """Now, or when the device comes to it."""
-        if self._stream is None:
+        if self.stream is None:
             work()
         else:
-            self._stream.enqueue(work)
+            self.stream.enqueue(work)
 
     def _write_blocks(self, output: Any) -> None:
         for block in output.new_block_ids_to_zero or ():

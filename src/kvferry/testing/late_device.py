@@ -1,7 +1,8 @@
 """A device whose work comes late: a stream keeps what it was given until the test, or who waits for it, lets it run.
 
-Streams take turns at random, as far as the events that they wait for permit. So what is in no order by events happens
-in any order, and long after the host went on. Patch `mark` here over `kvferry.transfer.copy.mark` where that is used.
+One stream goes before the others for some time, then another, as far as the events that they wait for permit. So what
+is in no order by events happens in any order, and long after the host went on. Patch `mark` here over
+`kvferry.transfer.copy.mark` where that is used.
 """
 
 from __future__ import annotations
@@ -66,16 +67,25 @@ class LateDevice:
     def __init__(self, choose: random.Random) -> None:
         self._choose = choose
         self._streams: list[Stream] = []
+        self._is_settled = False
 
     def stream(self) -> Stream:
         self._streams.append(Stream(self))
         return self._streams[-1]
 
+    def prefer(self, stream: Stream) -> None:
+        """From now on this one goes before the others."""
+        self._streams.remove(stream)
+        self._streams.insert(0, stream)
+        self._is_settled = True
+
     def run_one(self) -> None:
         """The next piece of one stream's work."""
         ready = [stream for stream in self._streams if stream.can_go_on]
         assert ready, "streams wait for each other"
-        run, _ = self._choose.choice(ready).work.popleft()
+        if not self._is_settled and self._choose.random() < 0.05:
+            self._choose.shuffle(self._streams)
+        run, _ = min(ready, key=self._streams.index).work.popleft()
         if run is not None:
             run()
 

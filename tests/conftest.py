@@ -19,6 +19,7 @@ settings.load_profile("kvferry")
 collect_ignore = ["vllm"]
 """What runs in an environment of its own: `make test-vllm`."""
 
+SLOW_HOOK_SECONDS = 60.0
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -57,6 +58,21 @@ def arena_folder() -> Iterator[Path]:
     left = [thread for thread in set(threading.enumerate()) - threads if type(thread).__name__ != "TMonitor"]
     assert not arenas, f"arenas left behind: {arenas}"
     assert not left, f"threads left behind: {left}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> Iterator[None]:
+    """Where the machine stands still for seconds no hook is slow: in this process, and on ranks that it starts. Tests
+    of slow hooks set a limit of their own."""
+    from kvferry.connector import manager
+    from kvferry.engine import ranks
+
+    set_limit = f"from kvferry.connector import manager; manager.SLOW_HOOK_SECONDS = {SLOW_HOOK_SECONDS}"
+    import_main, call_main = ranks._START.rsplit("; ", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager, "SLOW_HOOK_SECONDS", SLOW_HOOK_SECONDS)
+        patch.setattr(ranks, "_START", f"{import_main}; {set_limit}; {call_main}")
+        yield
 
 
 @pytest.fixture(scope="session")

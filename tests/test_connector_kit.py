@@ -12,19 +12,13 @@ import pytest
 from kvferry import KvCacheConnectorConfig
 from kvferry.connector.api import NO_BLOCK, RequestData, SchedulerOutput
 from kvferry.errors import ConfigError, ConnectorImportError, RequestError, UnknownPresetError
-from kvferry.testing.connector import SCENARIOS, CheckOptions, Fault, Report, Result, check_connector, probe
+from kvferry.testing.connector import SCENARIOS, CheckOptions, Fault, Report, Result, check_connector
 from kvferry.testing.connector.ledger import Ledger, PassOrder
 from kvferry.testing.ranks import ScriptedRequest
 from kvferry.testing.shelf import SHELVES, Shelf, shelf_config
 
 SMALL = CheckOptions(tokens_per_block=8, chunk_tokens=32)
 ONE_PROCESS = [name for name in SCENARIOS if name != "two-ranks"]
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine makes no hook a slow one."""
-    monkeypatch.setattr(probe, "SLOW_HOOK_SECONDS", 60.0)
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from kvferry.connector import wire
+from kvferry.connector import manager, wire
 from kvferry.connector.api import KvCacheConnectorScheduler, KvCacheConnectorWorker, Request, SchedulerOutput
 from kvferry.connector.config import LlmArgs
 from kvferry.connector.layout import KvCacheLayout
-from kvferry.connector.manager import SLOW_HOOK_SECONDS
 from kvferry.connector.presets import check_forms, resolve
 from kvferry.errors import ConnectorProtocolError
 from kvferry.testing.connector.faults import Fault
@@ -47,7 +46,7 @@ class _Half:
             raise
         finally:
             self._session.running_hook = None
-            if (seconds := time.monotonic() - started) > SLOW_HOOK_SECONDS:
+            if (seconds := time.monotonic() - started) > manager.SLOW_HOOK_SECONDS:
                 self._session.found(Fault.SLOW_HOOK, f"{hook} took {seconds:.1f} s", _plain(hook))
 
 

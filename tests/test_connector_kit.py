@@ -17,7 +17,7 @@ from kvferry.testing.connector.ledger import Ledger, PassOrder
 from kvferry.testing.ranks import ScriptedRequest
 from kvferry.testing.shelf import SHELVES, Shelf, shelf_config
 
-SMALL = CheckOptions(tokens_per_block=8, chunk_tokens=32)
+SMALL = CheckOptions(tokens_per_block=8, chunk_tokens=32, deadline_seconds=60.0)
 ONE_PROCESS = [name for name in SCENARIOS if name != "two-ranks"]
 
 

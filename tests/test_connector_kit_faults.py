@@ -23,7 +23,7 @@ from kvferry.testing.connector.session import Session
 from kvferry.testing.fake_engine import fake_llm_args
 from kvferry.testing.shelf import SHELVES, Copies, Copy, Shelf, ShelfScheduler, ShelfWorker
 
-SMALL = CheckOptions(tokens_per_block=8, chunk_tokens=32)
+SMALL = CheckOptions(tokens_per_block=8, chunk_tokens=32, deadline_seconds=60.0)
 
 
 @pytest.fixture
@@ -424,7 +424,7 @@ def test_a_fault_is_found_by_its_name(cls: type, scenario: str, faults: set[Faul
 def test_a_fault_of_asynchronous_copies_is_found(cls: type, scenario: str, faults: set[Fault], shelf: Shelf) -> None:
     shelf.asynchronous_loads = shelf.asynchronous_saves = True
     is_endless = bool(faults & {Fault.LOAD_ENDLESS, Fault.SAVE_ENDLESS})
-    report = check(cls, scenario, options=replace(SMALL, deadline_seconds=0.3 if is_endless else 5.0))
+    report = check(cls, scenario, options=replace(SMALL, deadline_seconds=0.3) if is_endless else SMALL)
     assert report.faults == {fault.label for fault in faults}, report
     assert not report.passed
 

@@ -251,7 +251,7 @@ class CheckedEngine:
                 raise Stuck
             time.sleep(_POLL_SECONDS)
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 2.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
         """Wait until something holds, or for so long."""
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:

@@ -218,7 +218,7 @@ def test_shutdown_aborts_what_runs_and_refuses_more(llama: str) -> None:
     next(iter(handle))
     llm.shutdown()
     llm.shutdown()
-    assert handle.result(timeout=5).finish_reason is FinishReason.ABORT
+    assert handle.result(timeout=60).finish_reason is FinishReason.ABORT
     with pytest.raises(EngineDeadError):
         llm.generate([5])
 

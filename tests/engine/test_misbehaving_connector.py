@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from kvferry import LLM, KvCacheConfig, SamplingParams
 from kvferry.config import KvCacheConnectorConfig
-from kvferry.connector import manager as manager_module
 from kvferry.connector.api import Request
 from kvferry.engine.outputs import FinishReason
 from kvferry.testing.shelf import SHELVES, Shelf, ShelfScheduler, ShelfWorker
@@ -216,15 +214,16 @@ def test_ids_that_were_never_offered_are_counted(
 
 
 def test_a_hook_that_blocks_is_named_and_the_rest_goes_on(
-    llama: str, shelf: Shelf, reference: Reference, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    llama: str, shelf: Shelf, reference: Reference, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(manager_module, "SLOW_HOOK_SECONDS", 0.1)
-    FAULTS["start_load_kv"] = lambda *_: time.sleep(0.15)
+    now = [0.0]
+    FAULTS["start_load_kv"] = lambda *_: now.append(now[-1] + 100.0)
     with make_llm(llama) as llm:
+        llm.connector_manager._clock = lambda: now[-1]
         output = llm.generate(PROMPT, SamplingParams(max_tokens=2))
     assert list(output.token_ids) == reference(llama, PROMPT, 2)
     (line,) = complaints(caplog)
-    assert "hook start_load_kv: held the engine up for 0." in line
+    assert "hook start_load_kv: held the engine up for 100.0 s" in line
 
 
 def test_loads_may_hold_a_share_of_the_pool_and_no_more(llama: str, shelf: Shelf) -> None:

@@ -19,7 +19,6 @@ settings.load_profile("kvferry")
 collect_ignore = ["vllm"]
 """What runs in an environment of its own: `make test-vllm`."""
 
-SLOW_HOOK_SECONDS = 60.0
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -61,18 +60,29 @@ def arena_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def patience() -> Iterator[None]:
-    """Where the machine stands still for seconds no hook is slow: in this process, and on ranks that it starts. Tests
-    of slow hooks set a limit of their own."""
-    from kvferry.connector import manager
+def be_patient(arena_folder: Path) -> Iterator[None]:
+    """The machine may stand still for seconds: that makes no hook a slow one, and no answer one that does not come, in
+    this process and in those that it starts. Tests of such limits set their own."""
     from kvferry.engine import ranks
+    from kvferry.testing import patience
 
-    set_limit = f"from kvferry.connector import manager; manager.SLOW_HOOK_SECONDS = {SLOW_HOOK_SECONDS}"
-    import_main, call_main = ranks._START.rsplit("; ", 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manager, "SLOW_HOOK_SECONDS", SLOW_HOOK_SECONDS)
-        patch.setattr(ranks, "_START", f"{import_main}; {set_limit}; {call_main}")
+        patience.be_patient(patch.setattr)
+        patch.setattr(ranks, "_START", patience.patient_start(ranks._START))
+        patch.setattr(ranks, "_EXPLAIN_SECONDS", 10.0)
+        for name, seconds in patience.DEADLINES.items():
+            patch.setenv(name, seconds)
         yield
+
+
+@pytest.fixture
+def real_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that is about them."""
+    from kvferry.testing import patience
+
+    patience.be_real(monkeypatch.setattr)
+    for name in patience.DEADLINES:
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

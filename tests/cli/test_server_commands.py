@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from kvferry.config import StoreOptions
 from kvferry.errors import InvariantError
 from kvferry.server.client import StoreClient
 from kvferry.store.keys import Extras, chunk_keys, geometry_tag, root_key
+from kvferry.testing import patience
 from kvferry.testing.servers import PATIENT, Served, serve
 
 CHUNK, PART_BYTES = 16, 4096
@@ -40,7 +40,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
         assert job is not None
         client.done(job.job_id, 0, True)
         assert client.match(GEOMETRY, chunk_keys(ROOT, TOKENS, CHUNK, Extras(cache_salt=salt))).num_chunks == 5
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while served.store.stats().get("disk_written_bytes", 0) < 10 * PART_BYTES:
         assert time.monotonic() < deadline
     yield served
@@ -144,29 +144,30 @@ def test_top_once(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_top_in_a_terminal_ends_with_q(served: Served) -> None:
     leader, terminal = pty.openpty()
-    command = [sys.executable, "-m", "kvferry", "top", "--socket", served.url, "--interval", "0.1"]
+    command = [*patience.COMMAND, "top", "--socket", served.url, "--interval", "0.1"]
     process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal)
     os.close(terminal)
     shown = b""
     while shown.count(b"\033[H\033[J") < 2:
         shown += os.read(leader, 4096)
     os.write(leader, b"q")
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     os.close(leader)
     assert b"hit rate" in shown
 
 
+@pytest.mark.usefixtures("real_limits")
 @pytest.mark.parametrize(
     "command",
     [["stats"], ["ls"], ["top"], ["clear"], ["pin", "--salt", "x"], ["unpin"], ["check-store"], ["warm", os.devnull]],
     ids=" ".join,
 )
-def test_without_a_server_it_is_said_within_a_second(
+def test_without_a_server_it_is_soon_said(
     tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = time.monotonic()
     assert main([*command, "--socket", f"ipc://{tmp_path / 'server.sock'}"]) == 2
-    assert time.monotonic() - start < 1.5, "1 s on a machine that is not busy"
+    assert time.monotonic() - start < 15.0, "1 if the machine does not stand still"
     assert "no cache server answers at ipc://" in capsys.readouterr().err
 
 

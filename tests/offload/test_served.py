@@ -173,7 +173,8 @@ def test_a_server_that_is_stopped_is_not_waited_for(process: ServerProcess, make
     start = time.monotonic()
     for seed in range(20):
         hit(engine, seed=seed)
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < 30.0
+    assert engine.manager.scheduler.stats()["client_unanswered"] < 10, "soon it is not asked"  # type: ignore[union-attr]
     process.signal(signal.SIGCONT)
     wait_until(lambda: hit(engine) == 96)
 
@@ -186,6 +187,7 @@ def kill_in_pass(engine: FakeEngine, process: ServerProcess) -> None:
     engine.before_pass = kill
 
 
+@pytest.mark.usefixtures("real_limits")
 @pytest.mark.parametrize("async_load", ["never", "always"])
 def test_killed_between_the_decision_and_the_copy(
     process: ServerProcess, make_engine: MakeEngine, async_load: str
@@ -219,7 +221,7 @@ def test_killed_while_a_load_waits_for_the_disk(tmp_path: Path, make_engine: Mak
     threading.Timer(0.1, served.server.close).start()
     start = time.monotonic()
     assert hit(engine) == 0
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 15.0
     served.store._tiers.promote = promote  # type: ignore[method-assign]
     served.store.close()
 

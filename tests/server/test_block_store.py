@@ -18,6 +18,7 @@ from kvferry.store.base import BlockStore, ByteStore
 from kvferry.store.managed import ManagedStore
 from kvferry.store.tier import ByteTier
 from kvferry.testing.block_store import BlockStoreSuite
+from kvferry.testing.servers import PATIENT
 
 
 class ServedStore(StoreClient):
@@ -27,8 +28,8 @@ class ServedStore(StoreClient):
         tiers = [ByteTier(byte_store, Tier.DISK)] if byte_store is not None else []
         self._store = ManagedStore(options, tiers=tiers)
         self._server = StoreServer(Answerer(self._store, options), Endpoint.parse(url))
-        # This machine may be busy; what a deadline does is tested elsewhere.
-        super().__init__(url, dataclasses.replace(options, match_deadline_seconds=5, job_deadline_seconds=5))
+        # What a deadline does is tested elsewhere.
+        super().__init__(url, dataclasses.replace(options, load_deadline_seconds=60, **PATIENT))
 
     def close(self) -> None:
         super().close()

@@ -19,6 +19,7 @@ import zmq
 from kvferry.blocks import Geometry, GroupKind, GroupSpec
 from kvferry.config import StoreOptions, default_server_url
 from kvferry.errors import ConfigError, InvariantError, StoreError
+from kvferry.server import sessions
 from kvferry.server.answers import Answerer
 from kvferry.server.endpoint import Endpoint
 from kvferry.server.protocol import (
@@ -54,7 +55,7 @@ from kvferry.testing.servers import Served, ServerProcess, serve, wait_until
 GEOMETRY = Geometry("weights", "layout", 16, 1, (GroupSpec(GroupKind.FULL, (0,), 4096),))
 ROOT = root_key(GEOMETRY)
 KEYS = [bytes([number]) * 32 for number in range(3)]
-SOON_SECONDS = 10.0
+SOON_SECONDS = 60.0
 
 
 class Peer:
@@ -286,9 +287,10 @@ def test_random_bytes_in_place_of_each_message_do_no_harm(served: Served, peer: 
     valid = encode((3, time.monotonic() + SOON_SECONDS, Register("engine", 0, GEOMETRY)))
     for position in range(len(valid)):
         peer.send(valid[:position] + os.urandom(1) + valid[position + 1 :])
-    with contextlib.suppress(zmq.Again):
-        while peer.receive():
-            peer.socket.rcvtimeo = 200
+    last = 1 << 40
+    peer.send(encode((last, time.monotonic() + SOON_SECONDS, Beat())))
+    while peer.receive()[0] != last:
+        pass
     served.store.check()
     peer.greet()
 
@@ -308,12 +310,13 @@ def begin(peer: Peer) -> None:
     assert begun.job is not None
 
 
+@pytest.mark.usefixtures("real_limits")
 def test_a_silent_client_loses_its_leases(served: Served, peer: Peer) -> None:
     begin(peer)
     start = time.monotonic()
     assert leases(served) == 1
     wait_until(lambda: leases(served) == 0)
-    assert SILENCE_SECONDS - 0.2 <= time.monotonic() - start < SILENCE_SECONDS + 1
+    assert SILENCE_SECONDS - 0.2 <= time.monotonic() - start < SILENCE_SECONDS + 15
     assert peer.ask(Beat()) == Stranger()
 
 
@@ -336,7 +339,7 @@ def test_a_killed_client_loses_its_leases_at_once(served: Served) -> None:
     process.kill()
     start = time.monotonic()
     wait_until(lambda: leases(served) == 0)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < sessions.SILENCE_SECONDS / 2, "it is not its silence that tells"
     process.communicate()
 
 

@@ -242,8 +242,8 @@ class Attendance:
         for registration in [*self._registrations.values()]:
             registration.is_told = False
 
-    def _expect(self, question: protocol.Question, timeout_seconds: float = _SETUP_ANSWER_SECONDS) -> protocol.Answer:
-        answer = self._link.ask(question, timeout_seconds)
+    def _expect(self, question: protocol.Question, timeout_seconds: float | None = None) -> protocol.Answer:
+        answer = self._link.ask(question, timeout_seconds or _SETUP_ANSWER_SECONDS)
         if answer is None or isinstance(answer, protocol.Stranger):
             raise _Off("it does not answer in time", ends=answer is not None)
         return answer

@@ -18,8 +18,10 @@ from kvferry.server.server import StoreServer
 from kvferry.store.assembly import open_store
 from kvferry.store.managed import ManagedStore
 
-PATIENT: Final = {"connect_deadline_seconds": 10.0, "match_deadline_seconds": 0.9, "job_deadline_seconds": 0.9}
-"""Deadlines for clients of which the test is about something else: the machine may be busy."""
+PATIENT: Final = {"connect_deadline_seconds": 30.0, "match_deadline_seconds": 8.0, "job_deadline_seconds": 8.0}
+"""Deadlines for clients of which the test is about something else: the machine may stand still for seconds."""
+COMMAND = [sys.executable, "-m", "kvferry", "server"]
+"""What a `ServerProcess` runs, before its arguments."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class ServerProcess:
         self.url = f"ipc://{folder / 'server.sock'}"
         self._folder = folder
         self.place = ["--socket", self.url, "--arena-dir", str(folder / "arena")]
-        self.command = [sys.executable, "-m", "kvferry", "server"]
+        self.command = COMMAND
         self.arguments = [*arguments, *self.place]
         self.start()
 
@@ -95,7 +97,7 @@ class ServerProcess:
         assert not left, f"left behind: {left}"
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Look every few milliseconds. AssertionError: it never was so."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -6,16 +6,22 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from kvferry.testing.patience import ENGINE_COMMAND
+
 SCRIPT = Path(__file__).with_name("trtllm_script.py")
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, command: Sequence[str] = (sys.executable, "-m", "kvferry"), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """command: in place of `kvferry`."""
     return subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", "-m", "kvferry", "trtllm-run", *arguments],
+        [command[0], "-W", "error::ResourceWarning", *command[1:], "trtllm-run", *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -34,7 +40,7 @@ def test_a_connector_runs_unchanged_and_engines_follow_each_other(
 ) -> None:
     script = shutil.copy(SCRIPT, tmp_path)
     (tmp_path / "blocks").mkdir()
-    result = run(script, str(tiny_model), str(tmp_path / "blocks"), str(num_ranks))
+    result = run(script, str(tiny_model), str(tmp_path / "blocks"), str(num_ranks), command=ENGINE_COMMAND)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if "[TRT-LLM]" not in line]
     assert lines == ["loaded 0", "loaded 64", "same text True"]
@@ -109,7 +115,7 @@ running = llm.generate_async("b" * 600, SamplingParams(max_tokens=3000, ignore_e
 next(iter(running))
 print("over")
 """
-    result = run(write(tmp_path / "script.py", text), KVFERRY_L1_SIZE_GB="0.1")
+    result = run(write(tmp_path / "script.py", text), command=ENGINE_COMMAND, KVFERRY_L1_SIZE_GB="0.1")
     assert (result.returncode, result.stdout) == (0, "over\n"), result.stderr
     assert "kvferry" not in result.stderr
     assert "Traceback" not in result.stderr

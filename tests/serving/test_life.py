@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -9,7 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +24,19 @@ import pytest
 from kvferry import LLM, KvCacheConfig
 from kvferry.cli import main
 from kvferry.offload.connector import KVFerryConnectorScheduler
+from kvferry.serving import server as server_module
+from kvferry.serving.service import Service
+from kvferry.testing.patience import ENGINE_COMMAND
 
 Serve = Callable[..., AbstractContextManager[Any]]
 LONG: dict[str, Any] = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True}
 NOW = "kvferry_requests_now"
+
+
+@pytest.fixture(autouse=True)
+def long_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection is cut because nothing moved for seconds."""
+    monkeypatch.setattr(server_module, "_LAST_WORDS_SECONDS", 60)
 
 
 @pytest.fixture
@@ -36,7 +45,7 @@ def llm(chat_model: Path) -> Iterator[LLM]:
         yield llm
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"
@@ -146,19 +155,35 @@ def test_a_bug_is_a_500_in_openai_s_shape(
     assert "no such key" in caplog.text
 
 
-def test_what_runs_at_the_end_may_finish_and_what_does_not_is_told(llm: LLM, serve: Serve) -> None:
+def test_what_runs_at_the_end_may_finish_and_what_does_not_is_told(
+    llm: LLM, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs is not ended before the grace is over, and here, as nothing may move for seconds, not before what is
+    short has ended."""
     answers: dict[str, Any] = {}
+    abort_all, aborted_at = Service.abort_all, []
+
+    def abort_all_once_the_short_has_ended(service: Service) -> None:
+        aborted_at.append(time.monotonic())
+        if "short" in answers:
+            abort_all(service)
+        else:
+            asyncio.get_running_loop().call_later(0.05, service.abort_all)
+
+    monkeypatch.setattr(Service, "abort_all", abort_all_once_the_short_has_ended)
 
     def ask(name: str, max_tokens: int) -> None:
         body = LONG | {"max_tokens": max_tokens, "stream": name == "stream"}
         answers[name] = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=60)
 
-    with serve(llm, grace_seconds=3.0) as server:
+    with serve(llm, grace_seconds=1.0) as server:
         threads = [threading.Thread(target=ask, args=("short", 20))]
         threads += [threading.Thread(target=ask, args=(name, 8000)) for name in ("stream", "whole")]
         for number, thread in enumerate(threads, 1):
             thread.start()
             wait_until(lambda: ("short" in answers) + sum(states(server)) == number)  # noqa: B023 - called at once
+        ended_at = time.monotonic()
+    assert aborted_at[0] >= ended_at + 1.0
     for thread in threads:
         thread.join()
     assert answers["short"].status_code == 200
@@ -169,7 +194,7 @@ def test_what_runs_at_the_end_may_finish_and_what_does_not_is_told(llm: LLM, ser
 
 
 ENGINE_YAML = """
-kv_cache_config: {max_tokens: 8192}
+kv_cache_config: {max_tokens: 16384}
 kv_connector_config: {connector: kvferry, options: {l1_size_gb: 0.05}}
 dtype: bfloat16
 """
@@ -198,7 +223,7 @@ class Clients:
         wait_until(lambda: f'{NOW}{{state="running"}} 2.0' in httpx2.get(f"{self.url}/metrics").text)
 
     def _ask(self, stream: bool) -> None:
-        body = LONG | {"stream": stream, "model": "mine"}
+        body = LONG | {"max_tokens": 8000, "stream": stream, "model": "mine"}
         self.answers.append(httpx2.post(f"{self.url}/v1/completions", json=body, timeout=60))
 
     def join(self) -> list[int]:
@@ -213,14 +238,16 @@ def maps_arena(pid: int, folder: Path) -> bool:
 
 
 def test_sigterm_ends_the_command_in_order(arguments: list[str], arena_folder: Path) -> None:
-    command = [sys.executable, "-m", "kvferry", *arguments]
+    python, _, start = ENGINE_COMMAND
+    start = f"from kvferry.serving import server\nserver._LAST_WORDS_SECONDS = 60\n{start}"
+    command = [python, "-c", start, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             clients = Clients(process.stdout.readline())
             assert maps_arena(process.pid, arena_folder)
             process.terminate()
-            output, errors = process.communicate(timeout=30)
+            output, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     assert (process.returncode, output) == (0, ""), errors

@@ -72,6 +72,10 @@ def work(url: str) -> None:
     """Ask for one prompt after the other, for ever."""
     from tests.test_server_faults import make_engine
 
+    from kvferry.connector import manager
+    from kvferry.testing import patience
+
+    manager.SLOW_HOOK_SECONDS = patience.SLOW_HOOK_SECONDS
     engine = make_engine(url)
     print("ready", flush=True)
     while True:

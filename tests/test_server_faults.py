@@ -28,6 +28,7 @@ import pytest
 
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig, StoreOptions
 from kvferry.offload.connector import KVFerryConnectorScheduler, KVFerryConnectorWorker
+from kvferry.server import console as console_module
 from kvferry.server.console import Console
 from kvferry.testing.fake_engine import VOCABULARY, FakeEngine, expected_kv, fake_llm_args
 from kvferry.testing.servers import PATIENT, ServerProcess, wait_until
@@ -294,7 +295,13 @@ def run_in_time(row: Callable[[Scene], None], folder: Path, seed: int, stop_seco
     return scene
 
 
-@pytest.mark.usefixtures("real_limits")
+@pytest.fixture
+def limits(real_limits: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's and the server's are the real ones. The console is only what the test looks with."""
+    monkeypatch.setattr(console_module, "CONNECT_SECONDS", 60.0)
+
+
+@pytest.mark.usefixtures("limits")
 @pytest.mark.parametrize("name", ROWS)
 def test_whatever_happens_is_a_miss(
     name: str, tmp_path: Path, request: pytest.FixtureRequest, report: dict[str, list[Scene]]

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from vllm_engines import Expected, running
 
+from kvferry.testing import patience
+
 _SIZES: dict[str, Any] = {
     "vocab_size": 512,
     "num_attention_heads": 4,
@@ -37,6 +39,16 @@ def _arena_folder() -> Iterator[None]:
     left = sorted(path.name for path in folder.iterdir())
     shutil.rmtree(folder)
     assert not left, f"arenas left behind: {left}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _be_patient(_arena_folder: None) -> Iterator[None]:
+    """The machine may stand still for seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patience.be_patient(patch.setattr)
+        for name, seconds in patience.DEADLINES.items():
+            patch.setenv(name, seconds)
+        yield
 
 
 @pytest.fixture(scope="session")

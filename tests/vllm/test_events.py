@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from kvferry.blocks import Geometry, GroupKind, GroupSpec, Tier
 from kvferry.integrations import vllm_events
 from kvferry.integrations.vllm_events import BlockEvents
 from kvferry.store.base import BlockStore
+from kvferry.testing.servers import wait_until
 
 CHUNK = 2 * BLOCK
 PROMPTS = [tokens(3 * CHUNK + 10, 300 + seed) for seed in range(8)]
@@ -34,16 +34,24 @@ BEFORE = {
 class Subscriber:
     """A router's view. blocks: of kvferry, each with its event; pool: hashes of vLLM's own by their tokens."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, publisher: Any) -> None:
+        self._publisher = publisher
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         self._socket.connect(url)
         self._socket.subscribe(b"")
+        wait_until(self._is_heard)
         self.blocks: dict[Any, BlockStored] = {}
         self.pool: dict[tuple[int, ...], Any] = {}
         self.num_removed = 0
 
+    def _is_heard(self) -> bool:
+        """Whether what is published from now on arrives here."""
+        self._publisher.publish(KVEventBatch(ts=0.0, events=[]))
+        return bool(self._socket.poll(100))
+
     def read(self) -> None:
         """What was published until now."""
+        wait_until(lambda: not self._publisher._event_queue.unfinished_tasks)
         while self._socket.poll(300):
             *_, payload = self._socket.recv_multipart()
             for event in msgspec.msgpack.decode(payload, type=KVEventBatch).events:
@@ -79,8 +87,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def subscriber(engine: Engine, tmp_path: Path) -> Iterator[Subscriber]:
-    subscriber = Subscriber(f"ipc://{tmp_path}/events")
-    time.sleep(0.5)
+    subscriber = Subscriber(f"ipc://{tmp_path}/events", engine.scheduler.kv_event_publisher)
     yield subscriber
     subscriber.close()
 

@@ -10,6 +10,7 @@ from kvferry.cli import demo, main
 from kvferry.cli.demo import document
 from kvferry.cli.demo.report import Step, make_table
 from kvferry.cli.demo.steps import Answer, Setting
+from kvferry.testing.servers import PATIENT
 
 
 def answer(ttft_seconds: float, pool: int = 0, memory: int = 0, disk: int = 0, computed: int = 12) -> Answer:
@@ -33,7 +34,8 @@ def test_a_document_too_short_is_said(tiny_model: Path) -> None:
         document.make_prompts(AutoTokenizer.from_pretrained(tiny_model), 10_000_000)
 
 
-def test_every_place_gives_the_same_tokens(tiny_model: Path, tmp_path: Path) -> None:
+def test_every_place_gives_the_same_tokens(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFERRY_CONNECT_DEADLINE_SECONDS", str(PATIENT["connect_deadline_seconds"]))
     setting = Setting(
         str(tiny_model), str(tmp_path), num_chunks=4, chunk_tokens=64, pool_tokens=384, num_generated_tokens=4
     )

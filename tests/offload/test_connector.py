@@ -37,6 +37,7 @@ def check_idle(engine: FakeEngine) -> None:
         worker._beside.take_in(worker._mover.take_ended())  # type: ignore[attr-defined]
     assert store.stats()["leases"] == store.stats()["slots_withdrawn"] == 0
     store.check()
+    assert engine.manager.scheduler.stats().get("tokens_to_compute", 0) == 0  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 15, 16, 17, 31, 32, 33, 63, 64, 65, 150])

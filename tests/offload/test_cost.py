@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import pytest
 from hypothesis import given
@@ -121,6 +122,109 @@ def test_loads_in_flight_make_a_hit_wait() -> None:
     assert world.gauge("load_bytes_in_flight") == 100 * MB
     world.cost.drop(jobs[0])
     assert world.loads(hit(1000)) is not None
+
+
+STORM = {MEMORY: 14 * 10_000 * TOKEN_BYTES}
+"""Loads 14 times as fast as 10,000 tokens a second compute."""
+
+
+@pytest.mark.parametrize("limit_mb", [0, 8000])
+def test_a_storm_fills_both_queues_in_proportion_to_their_speeds(limit_mb: int) -> None:
+    """64 hits at once: both queues end within the time of computing one, and that of loads is never the longer one by
+    more."""
+    world = World(10_000, STORM, max_load_bytes_in_flight=limit_mb * MB)
+    world.learn(MEMORY)
+    compute_seconds, load_seconds = 2048 / 10_000, 2048 / 140_000
+    loading = computing = 0.0
+    for request in range(64):
+        taken = world.loads(hit(2048))
+        world.cost.expect(request, 0 if taken else 2048)
+        if taken is not None:
+            world.promise(taken)
+            loading += load_seconds
+        else:
+            computing += compute_seconds
+        assert loading <= computing + compute_seconds + 0.005
+    assert world.gauge("tokens_to_compute") == pytest.approx(computing * 10_000)
+    assert (loading, computing) == (pytest.approx(60 * load_seconds), pytest.approx(4 * compute_seconds))
+    for request in range(64):
+        world.cost.plan({request: 2000, "another": 2000})
+        world.cost.plan({request: 100, "another": 2000})
+    assert world.gauge("tokens_to_compute") == 0
+
+
+def test_loads_within_passes_do_not_go_past_what_others_compute() -> None:
+    """Nor does a request whose planner waits for its bytes, and with it the engine."""
+    world = World(10_000, {DISK: 5e7}, async_load="never")
+    world.learn(DISK)
+    world.cost.expect("another", 100_000)
+    assert world.loads(hit(2048, DISK)) is None
+
+
+def test_what_others_compute_is_time_to_load_what_lies_far() -> None:
+    """A hit is cut where its rest is quicker to compute, but not to the rest of a queue."""
+    world = World(10_000, {MEMORY: 1e9, DISK: 5e7})
+    world.learn(MEMORY, DISK)
+    near = hit(2000)
+    whole = Hit(20, 5000, {MEMORY: near.num_bytes[MEMORY], DISK: 3000 * TOKEN_BYTES})
+    assert world.loads(whole, near) is near
+    world.cost.expect("another", 7000)
+    assert world.loads(whole, near) is whole
+    world.promise(whole)
+    assert world.loads(whole, near) is near
+    world.cost.plan({"another": 6990})
+    assert world.loads(hit(3000, DISK)) is None, "600 ms are in flight"
+    world.now += 0.7
+    world.cost.plan({"another": 10})
+    choice = world.cost.choose([hit(3000)])
+    assert choice.compute_seconds == pytest.approx(0.301), "a pass that was planned 700 ms ago has ended"
+
+
+def test_passes_that_are_quicker_than_expected_leave_no_queue_behind() -> None:
+    world = World(10_000, {MEMORY: 1e9})
+    world.learn(MEMORY)
+    for request in range(100):  # One each, so none is measured.
+        world.cost.expect(request, 1000)
+        world.cost.plan({request: 1000})
+        world.now += 0.05
+    assert world.cost.choose([hit(1000)]).compute_seconds <= 0.2 + 0.1
+
+
+@pytest.mark.parametrize("num_hits", [64, 200])
+@pytest.mark.parametrize("pass_tokens", [2048, 8192])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_storm_ends_as_soon_as_both_queues_can(depth: int, pass_tokens: int, num_hits: int) -> None:
+    """In an engine that plans a pass when the one `depth` before it has ended, and asks about no more requests than a
+    pass has room for."""
+    world = World(10_000, STORM)
+    world.learn(MEMORY)
+    started, compute_seconds, load_seconds = world.now, 2048 / 10_000, 2048 / 140_000
+    pass_ends, loads_end, loading, left = [started] * depth, started, deque[tuple[float, LoadEnd]](), dict[int, int]()
+    waiting = deque(range(num_hits))
+    while waiting or left:
+        world.now = max(world.now, pass_ends[-depth])
+        while loading and loading[0][0] <= world.now:
+            world.cost.end([loading.popleft()[1]])
+        scheduled = {}
+        while (room := pass_tokens - sum(scheduled.values())) and (left.keys() - scheduled or waiting):
+            request = next((of for of in left if of not in scheduled), None)
+            if request is not None:
+                scheduled[request] = min(room, left[request])
+                continue
+            request, taken = waiting.popleft(), world.loads(hit(2048))
+            world.cost.expect(request, 0 if taken else 2048)
+            if taken is None:
+                left[request] = 2048
+                continue
+            world.cost.begin(job := world.promise(taken))
+            loads_end = max(loads_end, world.now) + load_seconds
+            loading.append((loads_end, LoadEnd(job, loads_end - world.now, ok=True)))
+        world.cost.plan(scheduled)
+        left = {of: rest for of, number in left.items() if (rest := number - scheduled.get(of, 0))}
+        pass_ends.append(max(world.now, pass_ends[-1]) + sum(scheduled.values()) / 10_000)
+    assert world.gauge("tokens_to_compute") == 0
+    at_best = num_hits / (1 / compute_seconds + 1 / load_seconds)
+    assert max(loads_end, pass_ends[-1]) - started <= at_best + compute_seconds
 
 
 def test_beyond_the_limit_a_storm_computes_what_is_not_known_to_win() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from kvferry.blocks import GroupKind, GroupSpec, Tier
 from kvferry.config import StoreOptions
-from kvferry.connector.api import SchedulerOutput
+from kvferry.connector.api import NO_BLOCK, SchedulerOutput
 from kvferry.offload import cost
 from kvferry.offload.metadata import LoadEnd
 from kvferry.offload.planner import Offer, Planner
@@ -147,6 +147,60 @@ def test_a_storm_beyond_the_limit_computes(tmp_path: Path) -> None:
     case.planner.finished(0)
     assert case.admit(FakeRequest(4, prompt(2 * CHUNK + 1))) == 2 * CHUNK
     case.planner.finished(4)
+    case.close()
+
+
+def test_a_storm_is_loaded_as_far_as_that_is_quicker_than_to_queue(tmp_path: Path) -> None:
+    """64 hits at once, loaded 14 times as fast as computed: both queues end within the time of computing one."""
+    case = Case(tmp_path)
+    tokens = prompt(40 * CHUNK + 1)
+    case.keep(tokens)
+    compute_seconds, load_seconds = 0.64, 0.64 / 14
+    for _ in range(3):
+        case.prefill(1000, 1.0)
+        assert case.load(tokens, load_seconds) == 40 * CHUNK
+    requests = [FakeRequest(number, tokens) for number in range(64)]
+    loaded = sum(case.admit(request) > 0 for request in requests)
+    assert abs(loaded * load_seconds - (64 - loaded) * compute_seconds) <= compute_seconds
+    assert case.counted("load_bytes_in_flight") == loaded * 40 * PART_BYTES
+    assert case.counted("tokens_to_compute") == (64 - loaded) * len(tokens) + loaded
+    for request in requests[:32]:
+        for order in case.planner.plan(SchedulerOutput(), {request.request_id: len(tokens)}).async_loads:
+            case.store.done(order.job.job_id, 0, ok=True)
+            case.planner.loads_ended([LoadEnd(order.job.job_id, load_seconds, ok=True)])
+    for request in requests:
+        case.planner.finished(request.request_id)
+    assert case.counted("tokens_to_compute") == 0
+    case.close()
+
+
+def test_a_computed_hit_counts_by_the_pool_at_the_time_of_its_allocation(tmp_path: Path) -> None:
+    """While it waits for room, the pool may get more of it, or lose some."""
+    case = Case(tmp_path)
+    case.keep(prompt(65))
+    for _ in range(3):
+        case.prefill(1000, 0.1)
+        case.load(prompt(65), 4.0)
+    request = FakeRequest(1, prompt(65))
+    for num_pool_tokens in (0, 32, 16):
+        assert case.planner.match(request, num_pool_tokens) == Offer()
+        assert case.counted("tokens_to_compute") == 0
+    case.planner.allocated(request, [case.blocks_for(65)])
+    assert case.counted("tokens_to_compute") == 49
+    case.close()
+
+
+@pytest.mark.parametrize("why", ["taken in part", "no block"])
+def test_a_load_that_is_lost_is_computed(tmp_path: Path, why: str) -> None:
+    case = Case(tmp_path)
+    case.keep(prompt(65))
+    request = FakeRequest(1, prompt(65))
+    request.num_connector_matched_tokens = case.planner.match(request, 16).num_tokens - (why == "taken in part") * BLOCK
+    blocks = case.blocks_for(65)
+    case.planner.allocated(request, [[NO_BLOCK] * len(blocks) if why == "no block" else blocks])
+    metadata = case.planner.plan(SchedulerOutput())
+    assert (metadata.lost_loads, metadata.async_loads) == ([1], [])
+    assert case.counted("tokens_to_compute") == 49
     case.close()
 
 

@@ -197,6 +197,7 @@ class Simulation:
     def step(self, *, failing: float = 0.0) -> None:
         output = self.scheduler.schedule()
         self.num_preempted += len(output.preempted_req_ids or ())
+        self._check_backlog()
         self._unheard.append((output, self._execute(output, failing), mark(self.stream)))
         if self.device is not None:
             self.device.run(self.choose.random())
@@ -208,6 +209,20 @@ class Simulation:
             for answered in self.scheduler.update_from_output(*heard).values():
                 for of in answered.outputs:
                     self.answers.setdefault(of.request_id, []).extend(of.new_token_ids)
+        self._check_backlog()
+
+    def _check_backlog(self) -> None:
+        """The planner knows how many tokens each request that has blocks is still to compute before it generates."""
+        backlog, num_left = self.half._planner._cost.backlog, 0
+        for name, followed in self.half._followed.items():
+            request, number = self.scheduler.requests[name], followed.request_id
+            num_left += (left := backlog._left.get(number, 0))
+            has_failed = name in self.scheduler.failed_recving_kv_req_ids
+            if request.num_computed_tokens or has_failed:
+                end = backlog._ends[number] if request.num_preemptions else request.num_prompt_tokens
+                computed = followed.num_local_tokens if has_failed else request.num_computed_tokens
+                assert left == max(0, end - computed), name
+        assert backlog.num_tokens == num_left == self.half.stats().get("tokens_to_compute", 0)
 
     # -- a worker ----------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ def test_what_is_counted_adds_up_and_what_is_now_does_not() -> None:
         "prefill_tokens_per_second": 8e3,
         "load_bytes_per_second_memory": 2e10,
         "load_bytes_in_flight": 7,
+        "tokens_to_compute": 9,
         "load_seconds": [0.3],
         "requests_not_followed": 1,
     }
@@ -52,6 +53,7 @@ def test_what_is_counted_adds_up_and_what_is_now_does_not() -> None:
     assert value("prefill_speed") == 8e3
     assert value("load_speed", tier="memory") == 2e10
     assert value("in_flight_bytes") == 7
+    assert value("backlog_tokens") == 9
     assert value("load_seconds_count") == 4
 
 

@@ -12,6 +12,7 @@ vllm:kvferry_hits_retried      hits that were loaded to see how fast their tier 
 vllm:kvferry_prefill_speed     estimated tokens a second
 vllm:kvferry_load_speed        estimated bytes a second of one rank, by tier
 vllm:kvferry_in_flight_bytes   of one rank, of loads that are promised or under way
+vllm:kvferry_backlog_tokens    still to compute of the prompts of requests that were given their blocks
 =============================  ===========================================================================
 """
 
@@ -38,6 +39,7 @@ _GAUGES = (
     ("prefill_speed", "Estimated tokens a second of prefill."),
     ("load_speed", "Estimated bytes a second that one rank loads."),
     ("in_flight_bytes", "One rank's bytes of loads that are promised or under way."),
+    ("backlog_tokens", "Tokens still to compute of the prompts of requests that were given their blocks."),
 )
 
 
@@ -99,7 +101,7 @@ class FerryPromMetrics(KVConnectorPromMetrics):
         self._seconds = {engine: seconds.labels(*values) for engine, values in engines.items()}
 
     def _add_gauges(self, gauge: Any, labelnames: list[str], engines: dict[int, list[Any]]) -> None:
-        prefill, load, in_flight = (
+        prefill, load, in_flight, to_compute = (
             gauge(
                 name=f"vllm:kvferry_{name}",
                 documentation=text,
@@ -112,6 +114,7 @@ class FerryPromMetrics(KVConnectorPromMetrics):
         for engine, values in engines.items():
             self._gauges[engine, "prefill_tokens_per_second"] = prefill.labels(*values)
             self._gauges[engine, "load_bytes_in_flight"] = in_flight.labels(*values)
+            self._gauges[engine, "tokens_to_compute"] = to_compute.labels(*values)
             for tier in TIERS:
                 self._gauges[engine, f"load_bytes_per_second_{tier}"] = load.labels(*values, tier)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -163,7 +163,7 @@ class SchedulerHalf:
             translated = SchedulerOutput()
             if self._roles.may_store:
                 self._translate(output, translated)
-            told.jobs = self._planner.plan(translated, output.num_scheduled_tokens)
+            told.jobs = self._planner.plan(translated, self._by_number(output.num_scheduled_tokens))
             told.is_empty = not output.num_scheduled_tokens
             told.is_idle = told.is_empty and len(told.jobs.async_loads) == len(self._loading) == 1
             self._count(told.jobs)
@@ -195,9 +195,10 @@ class SchedulerHalf:
                 self._load_seconds.append(time.monotonic() - began)
         for name in failed:
             self._meter.add("failed_loads")
-            if (followed := self._followed.get(name)) is not None:
+            if (followed := self._followed.get(name)) is not None and self._planner is not None:
                 followed.may_load = False
                 followed.num_connector_matched_tokens = 0
+                self._planner.load_failed(followed.request_id)
 
     def loads_ended(self, ends: Iterable[LoadEnd]) -> None:
         """What workers say of how long loads took."""
@@ -270,6 +271,11 @@ class SchedulerHalf:
             return None
         self._followed[request.request_id] = followed = _Followed(next(self._numbers), request, extras)
         return followed
+
+    def _by_number(self, scheduled: Mapping[str, int]) -> dict[Hashable, int]:
+        """What each pass computes of all requests, whatever `_translate` tells the planner of them. Those that it does
+        not know keep vLLM's names, which are no numbers."""
+        return {of.request_id if (of := self._followed.get(name)) else name: count for name, count in scheduled.items()}
 
     def _count(self, jobs: PassMetadata) -> None:
         for name, orders in (("loaded_bytes", jobs.async_loads), ("saved_bytes", jobs.stores)):

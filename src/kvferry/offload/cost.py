@@ -3,7 +3,9 @@
 A hit is loaded unless it is expected to take longer than to compute its tokens:
 
     load     a fixed cost + for each tier, (bytes from it + bytes from it that are in flight) / its speed
-    compute  tokens / the speed of prefill
+    compute  (its tokens + tokens that other requests are still to compute) / the speed of prefill
+
+Both are queues, so a storm of hits fills them in proportion to their speeds.
 
 What is not known yet counts as no reason against: a tier's speed as infinite, that of prefill as zero. Speeds come from
 large passes and large loads alone, so small models, whose hits save milliseconds, are never judged.
@@ -23,7 +25,7 @@ from kvferry.observability.metrics import Meter
 from kvferry.offload.metadata import LoadEnd
 
 GAUGES = frozenset(
-    {"prefill_tokens_per_second", "load_bytes_in_flight"}
+    {"prefill_tokens_per_second", "load_bytes_in_flight", "tokens_to_compute"}
     | {f"load_bytes_per_second_{tier.name.lower()}" for tier in Tier}
 )
 """What the meter has of here that is no counter."""
@@ -154,10 +156,16 @@ def num_within(tiers: Sequence[Tier], farthest: Tier) -> int:
 class Choice:
     """The hit to load, or None, and why, in a word; what was expected of the whole hit (infinite: not known)."""
 
+    whole: Hit
     hit: Hit | None
     reason: str
     load_seconds: float
     compute_seconds: float
+
+    def __str__(self) -> str:
+        num_tokens = self.hit.num_tokens if self.hit is not None else 0
+        expected = f"{1e3 * self.load_seconds:.1f} ms to load all, {1e3 * self.compute_seconds:.1f} ms to compute them"
+        return f"loads {num_tokens} of {self.whole.num_tokens} tokens ({self.reason}): {expected}"
 
 
 @dataclass(slots=True)
@@ -195,7 +203,8 @@ class _Link:
 
 
 class CostModel:
-    """One engine's estimates, and its loads that are promised or in flight. Counts and gauges go to `meter`."""
+    """One engine's estimates, its loads that are promised or in flight, and the prompt tokens that its requests are
+    still to compute. Counts and gauges go to `meter`."""
 
     def __init__(self, options: StoreOptions, meter: Meter, clock: Callable[[], float]) -> None:
         self._options = options
@@ -203,6 +212,13 @@ class CostModel:
         self._clock = clock
         self._passes = Passes()
         self._prefill = Speed()
+        self._to_compute: dict[Hashable, int] = {}
+        """By request, what of its prompt is in no pass yet: none of them has 0."""
+        self._num_to_compute = 0
+        self._pass_seconds = 0.0
+        """How long the pass planned last should take, for the prompts in it."""
+        self._planned_until = -math.inf
+        """When it should have ended."""
         self._links = {tier: _Link() for tier in Tier}
         self._flights: dict[int, _Flight] = {}
         self._in_flight: Counter[Tier] = Counter()
@@ -214,7 +230,7 @@ class CostModel:
         nothing."""
         whole = hits[0]
         if self._options.load_when == "always":
-            return Choice(whole, "always", self._load_seconds(whole), self._compute_seconds(whole))
+            return Choice(whole, whole, "always", self._load_seconds(whole), self._compute_seconds(whole))
         self._drop_lost()
         best, best_gain = whole, self._gain_seconds(whole)
         for hit in hits[1:]:
@@ -230,13 +246,21 @@ class CostModel:
     def _explain(self, whole: Hit, taken: Hit | None, reason: str) -> Choice:
         if reason != "loaded":
             self._meter.add(f"hits_{reason}" if taken is not None else f"hits_computed_{reason}")
-        return Choice(taken, reason, self._load_seconds(whole), self._compute_seconds(whole))
+        return Choice(whole, taken, reason, self._load_seconds(whole), self._compute_seconds(whole))
 
     def _gain_seconds(self, hit: Hit) -> float:
-        return self._compute_seconds(hit) - self._load_seconds(hit)
+        """What is loaded before the others have computed is there before its request's turn: no gain to be quicker."""
+        return self._compute_seconds(hit) - max(self._load_seconds(hit), self._queue_seconds())
 
     def _compute_seconds(self, hit: Hit) -> float:
-        return hit.num_tokens / self._prefill.value if self._prefill.value else math.inf
+        return self._queue_seconds() + hit.num_tokens / self._prefill.value if self._prefill.value else math.inf
+
+    def _queue_seconds(self) -> float:
+        """How long others are still to compute: in passes that are planned but may not have ended, and after those.
+        0 if all loads are part of passes, as those begin when their request's turn has come."""
+        if not self._prefill.value or self._options.async_load == "never":
+            return 0.0
+        return self._num_to_compute / self._prefill.value + max(0.0, self._planned_until - self._clock())
 
     def _load_seconds(self, hit: Hit) -> float:
         """At least so long, as tiers of which nothing is known count as free."""
@@ -263,11 +287,28 @@ class CostModel:
         self._links[tier].trials = _Trials(self._clock())
         return True
 
+    # -- tokens to compute -------------------------------------------------------------------------------------------
+
+    def expect(self, request: Hashable, num_tokens: int) -> None:
+        """So many tokens of a request's prompt are still to compute, whatever was said of it before. Not positive: none
+        are, or it has ended."""
+        num_tokens = max(0, num_tokens)
+        self._num_to_compute += num_tokens - self._to_compute.pop(request, 0)
+        if num_tokens:
+            self._to_compute[request] = num_tokens
+        self._meter.set("tokens_to_compute", self._num_to_compute)
+
     # -- evidence ----------------------------------------------------------------------------------------------------
 
     def plan(self, scheduled: Mapping[Hashable, int]) -> None:
-        """A pass is planned: tokens by request."""
-        now = self._clock()
+        """A pass is planned: tokens by request, under the names that `expect` has for them."""
+        now, before = self._clock(), self._num_to_compute
+        for request in self._to_compute.keys() & scheduled.keys():
+            self.expect(request, self._to_compute[request] - scheduled[request])
+        # Engines plan one pass ahead at most, so of those before only the last can be under way.
+        begins = max(now, min(self._planned_until, now + self._pass_seconds))
+        self._pass_seconds = (before - self._num_to_compute) / (self._prefill.value or math.inf)
+        self._planned_until = begins + self._pass_seconds
         if (measured := self._passes.plan(scheduled, now)) is not None:
             self._prefill.observe(*measured, now)
             self._meter.set("prefill_tokens_per_second", self._prefill.value or 0.0)
@@ -276,7 +317,7 @@ class CostModel:
         """A load is leased. It counts as in flight until `drop` or its end."""
         self._flights[job_id] = _Flight(hit, hit.farthest, self._clock())
         self._in_flight.update(hit.num_bytes)
-        self._show_flights()
+        self._meter.set("load_bytes_in_flight", self._in_flight.total())
 
     def begin(self, job_id: int) -> None:
         """The movers were told of a load beside the passes."""
@@ -328,7 +369,7 @@ class CostModel:
         flight = self._flights.pop(job_id, None)
         if flight is not None:
             self._in_flight.subtract(flight.hit.num_bytes)
-            self._show_flights()
+            self._meter.set("load_bytes_in_flight", self._in_flight.total())
         return flight
 
     def _first_begun(self, tier: Tier) -> float:
@@ -340,6 +381,3 @@ class CostModel:
         since = self._clock() - _LOST_SECONDS
         while self._flights and self._flights[first := next(iter(self._flights))].since < since:
             self.drop(first)
-
-    def _show_flights(self) -> None:
-        self._meter.set("load_bytes_in_flight", self._in_flight.total())

@@ -59,15 +59,13 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """A leased load of tokens `start` to `end`. tiers[i]: where chunk i was found. offered_until: when it is to be
-    looked for again, long before its lease ends."""
+    """A leased load of tokens `start` to `end`. tiers[i]: where chunk i was found."""
 
     job: Job
     start: int
     end: int
     tiers: tuple[Tier, ...]
     is_async: bool
-    offered_until: float
 
     @property
     def num_tokens(self) -> int:
@@ -82,19 +80,22 @@ class _Load:
 class _Tracked:
     """What is known of a request.
 
-    load: leased, and not with the movers yet. under_way: the asynchronous load that is with them, until the first pass.
-    num_chunks: full chunks that were already offered to the store. saves: whether the movers were ever given any.
-    computes_until: its hit was not worth loading, and is not looked for again before.
+    num_prompt_tokens: tokens at the match, after a preemption with what was generated. num_pool_tokens: those of them
+    that the pool had. load: leased, and not with the movers yet. under_way: the asynchronous load that is with them,
+    until the first pass. num_chunks: full chunks that were already offered to the store. saves: whether the movers were
+    ever given any. decided_until: when its hit, loaded or not worth it, is looked for again, long before a lease ends.
     """
 
     request: Request
     chain: KeyChain
+    num_prompt_tokens: int
+    num_pool_tokens: int
     load: _Load | None = None
     under_way: _Load | None = None
     block_ids: list[list[int]] = field(default_factory=list)
     num_chunks: int = 0
     saves: bool = False
-    computes_until: float = 0.0
+    decided_until: float = 0.0
 
 
 def salt_and_adapter(request: Request) -> Extras:
@@ -150,7 +151,7 @@ class Planner:
         else:
             chain = KeyChain(self._root, self._geometry.chunk_tokens, self._extras_of(request))
         chain.extend(tokens[chain.num_tokens :])
-        tracked = self._matched[request.request_id] = _Tracked(request, chain)
+        tracked = self._matched[request.request_id] = _Tracked(request, chain, len(tokens), num_computed_tokens)
         if may_load and num_computed_tokens % self._tokens_per_block == 0:  # the API has no name for part of a block
             self._lease(tracked, num_computed_tokens)
         return tracked.load.offer if tracked.load else Offer()
@@ -168,13 +169,17 @@ class Planner:
                 tracked.load = None
             elif load is not None and load.is_async:
                 self._begun.append(request.request_id)
+            self._expect(tracked, tracked.load.end if tracked.load else tracked.num_pool_tokens)
         if num_taken and (tracked is None or tracked.load is None):
             self._lost_loads.append(request.request_id)
 
     def plan(self, output: SchedulerOutput, scheduled: Mapping[Hashable, int] | None = None) -> PassMetadata:
-        """The jobs of the coming pass. scheduled: tokens by request of all of it, where `output` does not say all."""
-        told = (*output.new_requests, *output.cached_requests)
-        self._cost.plan(scheduled if scheduled is not None else {of.request_id: of.num_scheduled_tokens for of in told})
+        """The jobs of the coming pass. scheduled: tokens by request id of all of it, if `output` does not say all."""
+        if scheduled is None:
+            scheduled = {
+                of.request_id: of.num_scheduled_tokens for of in (*output.new_requests, *output.cached_requests)
+            }
+        self._cost.plan(scheduled)
         metadata = PassMetadata(lost_loads=self._lost_loads, cancelled_loads=self._cancelled)
         self._lost_loads, self._cancelled = [], []
         self._plan_async_loads(metadata)
@@ -183,14 +188,16 @@ class Planner:
             if tracked is not None:
                 tracked.block_ids = _blocks_of(data)
                 tracked.chain.extend(data.new_tokens[tracked.chain.num_tokens :])
-                num_loaded = self._plan_load(data, tracked, metadata)
-                self._plan_store(data, tracked, data.computed_position + num_loaded, metadata)
+                computed = data.computed_position + self._plan_load(data, tracked, metadata)
+                self._expect(tracked, computed + scheduled.get(data.request_id, 0))
+                self._plan_store(data, tracked, computed, metadata)
         for data in output.cached_requests:
             tracked = self._running.get(data.request_id)
             if tracked is not None:
                 for known, added in zip(tracked.block_ids, _blocks_of(data), strict=True):
                     known.extend(added)
                 tracked.chain.extend(data.new_tokens)
+                self._expect(tracked, data.computed_position + scheduled.get(data.request_id, 0))
                 self._plan_store(data, tracked, data.computed_position, metadata)
         return metadata
 
@@ -198,12 +205,19 @@ class Planner:
         """What the movers say of loads beside the passes."""
         self._cost.end(ends)
 
+    def load_failed(self, request_id: int) -> None:
+        """The engine was told that a load beside the passes failed, and computes those tokens."""
+        if (tracked := self._running.get(request_id)) is not None:
+            self._expect(tracked, tracked.num_pool_tokens)
+
     def cancel_load(self, request_id: int, start: int, end: int) -> None:
         """Nobody wants tokens `start` to `end` loaded any more. A load of more than those goes on."""
         tracked = self._running.get(request_id)
         load = (tracked.load or tracked.under_way) if tracked is not None else None
         if tracked is None or load is None or start > load.start or end < load.end:
             return
+        # Its request has ended, or begins anew with a match, or its next pass says what it computes.
+        self._cost.expect(request_id, 0)
         if tracked.load is not None:
             self._cancel(load)
             tracked.load = None
@@ -236,17 +250,18 @@ class Planner:
 
     def _is_decided(self, known: _Tracked, request: Request, num_computed_tokens: int) -> bool:
         """Whether a request that waits for room can have the offer, or the refusal, that it had a moment ago."""
-        load = known.load
-        if known.request is not request or request.request_id not in self._matched:
-            return False
-        if load is None:
-            return self._clock() < known.computes_until
-        return load.start == num_computed_tokens and self._clock() < load.offered_until
+        is_same = known.request is request and known.num_pool_tokens == num_computed_tokens
+        return is_same and request.request_id in self._matched and self._clock() < known.decided_until
+
+    def _expect(self, tracked: _Tracked, num_computed: int) -> None:
+        """So many of a request's first tokens are there, or are being loaded or computed."""
+        self._cost.expect(tracked.request.request_id, tracked.num_prompt_tokens - num_computed)
 
     def _still_names(self, chain: KeyChain, num_tokens: int) -> bool:
         return chain.root == self._root and chain.num_tokens <= num_tokens
 
     def _forget(self, request_id: int) -> None:
+        self._cost.expect(request_id, 0)
         for requests in (self._matched, self._running):
             tracked = requests.pop(request_id, None)
             if tracked is not None and tracked.load is not None:
@@ -297,36 +312,23 @@ class Planner:
             if not (job.ready or is_async):
                 self._cost.waited(hit, self._clock() - began, ok=is_ready)
             if is_ready:
-                end, until = start + hit.num_tokens, self._clock() + _OFFER_SECONDS
                 self._cost.promise(job.job_id, hit)
-                tracked.load = _Load(job, start, end, match.tiers, is_async, until)
+                tracked.load = _Load(job, start, start + hit.num_tokens, match.tiers, is_async)
+                tracked.decided_until = self._clock() + _OFFER_SECONDS
                 return
 
     def _choose(self, tracked: _Tracked, tiers: Sequence[Tier], start: int, last: int) -> Hit | None:
         """How much to load of a hit whose chunks lie on these tiers: all, what lies on nearer ones, or nothing."""
-        hits = hits_within(self._geometry, tiers, start, last)
-        choice = self._cost.choose(hits)
+        choice = self._cost.choose(hits_within(self._geometry, tiers, start, last))
         if choice.hit is None:
-            tracked.computes_until = self._clock() + _OFFER_SECONDS
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(
-                "request %d: loads %d of %d tokens (%s): %.1f ms to load all, %.1f ms to compute them",
-                tracked.request.request_id,
-                choice.hit.num_tokens if choice.hit is not None else 0,
-                hits[0].num_tokens,
-                choice.reason,
-                1e3 * choice.load_seconds,
-                1e3 * choice.compute_seconds,
-            )
+            tracked.decided_until = self._clock() + _OFFER_SECONDS
+        logger.debug("request %d: %s", tracked.request.request_id, choice)
         return choice.hit
 
     def _leaves_batch(self, job: Job) -> bool:
         """Whether a load is long enough for the request to wait for it outside the batch."""
-        match self._options.async_load:
-            case "always":
-                return True
-            case "never":
-                return False
+        if self._options.async_load != "auto":
+            return self._options.async_load == "always"
         num_bytes = sum(part.slots[0].num_bytes for part in job.parts)
         return not job.ready or num_bytes >= self._options.async_load_bytes
 
@@ -349,11 +351,9 @@ class Planner:
         """Hand the leases of loads beside the passes to the movers."""
         begun, self._begun = self._begun, []
         for request_id in begun:
-            tracked = self._running.get(request_id)
-            if tracked is None or tracked.load is None:
-                continue
-            tracked.under_way, tracked.load = tracked.load, None
-            self._order_load(request_id, tracked.under_way, tracked.block_ids, metadata)
+            if (tracked := self._running.get(request_id)) is not None and tracked.load is not None:
+                tracked.under_way, tracked.load = tracked.load, None
+                self._order_load(request_id, tracked.under_way, tracked.block_ids, metadata)
 
     def _plan_load(self, data: RequestData, tracked: _Tracked, metadata: PassMetadata) -> int:
         """Hand the request's lease to the movers; returns the tokens that they will load, or have loaded."""
@@ -377,6 +377,7 @@ class Planner:
         parts = [copy for part in load.job.parts if (copy := self._load_copy(part, load, block_ids)).block_ids]
         if any(NO_BLOCK in part.block_ids for part in parts):
             self._cancel(load)
+            self.load_failed(request_id)
             metadata.lost_loads.append(request_id)
             return False
         orders = metadata.async_loads if load.is_async else metadata.loads

@@ -213,16 +213,17 @@ class Simulation:
 
     def _check_backlog(self) -> None:
         """The planner knows how many tokens each request that has blocks is still to compute before it generates."""
-        backlog, num_left = self.half._planner._cost.backlog, 0
+        planner, num_left = self.half._planner, 0
         for name, followed in self.half._followed.items():
             request, number = self.scheduler.requests[name], followed.request_id
-            num_left += (left := backlog._left.get(number, 0))
+            num_left += (left := planner._cost._to_compute.get(number, 0))
             has_failed = name in self.scheduler.failed_recving_kv_req_ids
             if request.num_computed_tokens or has_failed:
-                end = backlog._ends[number] if request.num_preemptions else request.num_prompt_tokens
+                tracked = planner._running[number]
+                end = tracked.num_prompt_tokens if request.num_preemptions else request.num_prompt_tokens
                 computed = followed.num_local_tokens if has_failed else request.num_computed_tokens
                 assert left == max(0, end - computed), name
-        assert backlog.num_tokens == num_left == self.half.stats().get("tokens_to_compute", 0)
+        assert num_left == self.half.stats().get("tokens_to_compute", 0)
 
     # -- a worker ----------------------------------------------------------------------------------------------------
 

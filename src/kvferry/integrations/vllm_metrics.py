@@ -12,12 +12,13 @@ vllm:kvferry_hits_retried      hits that were loaded to see how fast their tier 
 vllm:kvferry_prefill_speed     estimated tokens a second
 vllm:kvferry_load_speed        estimated bytes a second of one rank, by tier
 vllm:kvferry_in_flight_bytes   of one rank, of loads that are promised or under way
-vllm:kvferry_backlog_tokens    still to compute of the prompts of requests that were given their blocks
+vllm:kvferry_backlog_tokens    still to compute of the prompts of requests that have their blocks
 =============================  ===========================================================================
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -35,12 +36,11 @@ _COUNTERS = {
     "hits_retried": "Hits that were loaded to see how fast their tier is now.",
 }
 _REASONS = ("slower", "in_flight")
-_GAUGES = (
-    ("prefill_speed", "Estimated tokens a second of prefill."),
-    ("load_speed", "Estimated bytes a second that one rank loads."),
-    ("in_flight_bytes", "One rank's bytes of loads that are promised or under way."),
-    ("backlog_tokens", "Tokens still to compute of the prompts of requests that were given their blocks."),
-)
+_GAUGES = {
+    "prefill_tokens_per_second": ("prefill_speed", "Estimated tokens a second of prefill."),
+    "load_bytes_in_flight": ("in_flight_bytes", "One rank's bytes of loads that are promised or under way."),
+    "tokens_to_compute": ("backlog_tokens", "Prompt tokens still to compute, of requests that have their blocks."),
+}
 
 
 class FerryStats(KVConnectorStats):
@@ -101,22 +101,15 @@ class FerryPromMetrics(KVConnectorPromMetrics):
         self._seconds = {engine: seconds.labels(*values) for engine, values in engines.items()}
 
     def _add_gauges(self, gauge: Any, labelnames: list[str], engines: dict[int, list[Any]]) -> None:
-        prefill, load, in_flight, to_compute = (
-            gauge(
-                name=f"vllm:kvferry_{name}",
-                documentation=text,
-                labelnames=[*labelnames, "tier"] if name == "load_speed" else labelnames,
-                multiprocess_mode="mostrecent",
-            )
-            for name, text in _GAUGES
-        )
+        gauge = partial(gauge, multiprocess_mode="mostrecent")
+        text = "Estimated bytes a second that one rank loads."
+        load = gauge(name="vllm:kvferry_load_speed", documentation=text, labelnames=[*labelnames, "tier"])
         self._gauges: dict[tuple[int, str], Any] = {}
         for engine, values in engines.items():
-            self._gauges[engine, "prefill_tokens_per_second"] = prefill.labels(*values)
-            self._gauges[engine, "load_bytes_in_flight"] = in_flight.labels(*values)
-            self._gauges[engine, "tokens_to_compute"] = to_compute.labels(*values)
-            for tier in TIERS:
-                self._gauges[engine, f"load_bytes_per_second_{tier}"] = load.labels(*values, tier)
+            self._gauges |= {(engine, f"load_bytes_per_second_{tier}"): load.labels(*values, tier) for tier in TIERS}
+        for name, (shown, text) in _GAUGES.items():
+            metric = gauge(name=f"vllm:kvferry_{shown}", documentation=text, labelnames=labelnames)
+            self._gauges |= {(engine, name): metric.labels(*values) for engine, values in engines.items()}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, value in transfer_stats_data.items():

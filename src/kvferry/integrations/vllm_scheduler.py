@@ -243,8 +243,7 @@ class SchedulerHalf:
         if self._planner is not None:
             self._planner.close()
             self._planner = None
-        if self._store is not None:
-            self._store = None
+        self._store = None
         self._close_store()
 
     def _is_ready(self) -> bool:

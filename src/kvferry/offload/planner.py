@@ -176,24 +176,21 @@ class Planner:
     def plan(self, output: SchedulerOutput, scheduled: Mapping[Hashable, int] | None = None) -> PassMetadata:
         """The jobs of the coming pass. scheduled: tokens by request id of all of it, if `output` does not say all."""
         if scheduled is None:
-            scheduled = {
-                of.request_id: of.num_scheduled_tokens for of in (*output.new_requests, *output.cached_requests)
-            }
+            told = (*output.new_requests, *output.cached_requests)
+            scheduled = {data.request_id: data.num_scheduled_tokens for data in told}
         self._cost.plan(scheduled)
         metadata = PassMetadata(lost_loads=self._lost_loads, cancelled_loads=self._cancelled)
         self._lost_loads, self._cancelled = [], []
         self._plan_async_loads(metadata)
         for data in output.new_requests:
-            tracked = self._running.get(data.request_id)
-            if tracked is not None:
+            if (tracked := self._running.get(data.request_id)) is not None:
                 tracked.block_ids = _blocks_of(data)
                 tracked.chain.extend(data.new_tokens[tracked.chain.num_tokens :])
                 computed = data.computed_position + self._plan_load(data, tracked, metadata)
                 self._expect(tracked, computed + scheduled.get(data.request_id, 0))
                 self._plan_store(data, tracked, computed, metadata)
         for data in output.cached_requests:
-            tracked = self._running.get(data.request_id)
-            if tracked is not None:
+            if (tracked := self._running.get(data.request_id)) is not None:
                 for known, added in zip(tracked.block_ids, _blocks_of(data), strict=True):
                     known.extend(added)
                 tracked.chain.extend(data.new_tokens)
@@ -216,7 +213,7 @@ class Planner:
         load = (tracked.load or tracked.under_way) if tracked is not None else None
         if tracked is None or load is None or start > load.start or end < load.end:
             return
-        # Its request has ended, or begins anew with a match, or its next pass says what it computes.
+        # Its request has ended, goes on without this planner or begins anew, or its next pass says what it computes.
         self._cost.expect(request_id, 0)
         if tracked.load is not None:
             self._cancel(load)
@@ -263,8 +260,7 @@ class Planner:
     def _forget(self, request_id: int) -> None:
         self._cost.expect(request_id, 0)
         for requests in (self._matched, self._running):
-            tracked = requests.pop(request_id, None)
-            if tracked is not None and tracked.load is not None:
+            if (tracked := requests.pop(request_id, None)) is not None and tracked.load is not None:
                 self._cancel(tracked.load)
 
     def _cancel(self, load: _Load) -> None:

@@ -33,7 +33,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_ARGUMENTS = 6
 MAX_BENCHMARK_LINES = 165
-MAX_CODE_LINES = 13_600
+MAX_CODE_LINES = 13_500
 
 FORBIDDEN_NAME = re.compile(r"utils?|common|helpers?|misc|v\d+|new|legacy|simple")
 

@@ -39,6 +39,11 @@ def drive(simulation: Simulation, *, failing: float) -> None:
         if choose.random() < 0.3:
             simulation.scheduler.reset_prefix_cache()
     finish(simulation, failing)
+    last = [choose.randrange(2, 50) for _ in range(5 * CHUNK + 1)]
+    for name in ("last", "last again"):
+        simulation.add(name, last, 1)
+        finish(simulation, failing)
+        simulation.scheduler.reset_prefix_cache()
 
 
 @pytest.mark.parametrize("hook", ["handle_preemptions", "bind_connector_metadata"])
@@ -111,7 +116,7 @@ def test_every_step_reads_what_was_computed(
 ) -> None:
     seen = {"loaded": 0.0, "preempted": 0.0, "failed": 0.0, "ahead": 0, "waits": 0}
 
-    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(st.integers(0, 2**32 - 1))
     def run(seed: int) -> None:
         num_blocks = {"full": 32, "windows": 40, "states": 46, "all": 50}[groups]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvferry.blocks import GroupKind
-from kvferry.integrations.vllm_layout import CacheGroup, read_groups, read_layouts, read_shared_layout
+from kvferry.integrations.vllm_layout import CacheGroup, read_groups, read_layouts
 from kvferry.transfer.copy import Copier, CopyEngine
 from kvferry.transfer.layout import Layout, UnknownLayout
 from kvferry.transfer.plan import Direction, PartBlocks
@@ -137,17 +137,6 @@ def test_layers_side_by_side_in_a_block_are_one_region() -> None:
     assert not isinstance(layouts, UnknownLayout)
     assert [region.page_bytes for region in layouts[0].regions] == [2 * PAGE * 4]
     moves_blocks(layouts[0], layers, 0)
-
-
-@pytest.mark.parametrize("order", [(1, 0, 3, 2, 4), (1, 2, 0, 3, 4)], ids=["layers in a block", "layers in a head"])
-def test_one_tensor_for_all_layers(order: tuple[int, ...]) -> None:
-    logical = (2, BLOCKS, HEADS, TOKENS, 2 * DIM)
-    physical = torch.zeros([logical[dim] for dim in order])
-    (group,) = groups_of(FullAttentionSpec())
-    layouts = read_shared_layout(group, physical, BLOCKS, order.index(1))
-    assert not isinstance(layouts, UnknownLayout)
-    assert [region.page_bytes for region in layouts[0].regions] == [2 * PAGE * 4]
-    moves_blocks(layouts[0], [physical.permute([order.index(dim) for dim in range(5)])], 1)
 
 
 def test_padded_blocks_and_states() -> None:

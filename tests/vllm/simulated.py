@@ -3,11 +3,13 @@
 Each step writes into the blocks that the scheduler gave, and proves before that all that attention would read is there:
 of full attention every position, of a window those in it, of recurrent layers the state where the last pass ended.
 Groups share memory, as vLLM's do. Copies run when the test says so, in its order; some loads fail. With a late device
-steps and copies are enqueued on its streams, and happen when events permit and chance decides.
+steps and copies are enqueued on its streams, layer by layer, and happen when events permit and chance decides. Some
+passes are one CUDA graph, from within which no layer calls a hook.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections import deque
@@ -20,6 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -42,11 +45,11 @@ from kvferry.integrations.vllm import KVConnectorRole, KVFerryConnector
 from kvferry.offload.background import Readiness, Task
 from kvferry.testing.late_device import Event, LateCopier, LateDevice, mark
 
-BLOCK, CHUNK, WINDOW = 4, 8, 10
+BLOCK, CHUNK, WINDOW, LAYERS = 4, 8, 10, 3
 _NAMES = 1 << 40
 _ATTENTION: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 1, "dtype": torch.int64}
 _PAGE = BLOCK * 2
-"""Elements of a block: a key and a value a token."""
+"""Elements of a block of one layer: a key and a value a token."""
 
 
 def name_after(name: int, token: int) -> int:
@@ -108,8 +111,8 @@ class ByHand:
 
 class Simulation:
     """kinds: of groups, "full", "window" or "state". overlap: a step is scheduled before the last one is heard of.
-    is_late: what steps and copies do is done by a device, later. is_second_runner: of vLLM's two, the one that writes
-    to blocks before it tells of preemptions; None: one is drawn."""
+    is_late: what steps and copies do is done by a device, later. silent: layers that call no hook. is_second_runner: of
+    vLLM's two, the one that writes to blocks before it tells of preemptions; None: one is drawn."""
 
     def __init__(
         self,
@@ -120,6 +123,7 @@ class Simulation:
         *,
         overlap: bool = False,
         is_late: bool = False,
+        silent: Collection[int] = (),
         is_second_runner: bool | None = None,
     ) -> None:
         self.choose = random.Random(seed)
@@ -130,7 +134,13 @@ class Simulation:
         self._patches = ExitStack()
         for where in ("kvferry.transfer.copy.mark", "kvferry.offload.mover.mark") if is_late else ():
             self._patches.enter_context(patch(where, mark))
-        self._patches.enter_context(patch("kvferry.integrations.vllm._stream", lambda: self.stream))
+        adapter = "kvferry.integrations.vllm"
+        self._patches.enter_context(patch(f"{adapter}._stream", lambda: self.stream))
+        self._context: SimpleNamespace | None = None
+        self._patches.enter_context(patch(f"{adapter}.is_forward_context_available", lambda: bool(self._context)))
+        self._patches.enter_context(patch(f"{adapter}.get_forward_context", lambda: self._context))
+        self._patches.enter_context(patch("kvferry.transfer.copy._STEP_COPIES", 1))
+        self._silent, self.share_of_graphs = silent, 0.3
         config = EngineArgs(
             str(model),
             load_format="dummy",
@@ -155,11 +165,14 @@ class Simulation:
             for name in group.layer_names:
                 layer = SimpleNamespace(get_attn_backend=lambda: object)
                 config.compilation_config.static_forward_context[name] = layer
-        self.raw = torch.zeros(num_blocks, _PAGE, dtype=torch.int64)
+        self.raw = torch.zeros(LAYERS, num_blocks, _PAGE, dtype=torch.int64)
         # Of its worker alone: to make a configuration or a scheduler for it takes a device.
         with patch.dict(os.environ, {"VLLM_USE_V2_MODEL_RUNNER": str(int(self._is_second_runner))}):
             self.worker = KVFerryConnector(config, KVConnectorRole.WORKER, cache)
-        self.worker.register_kv_caches({f"layer.{index}": self._view(kind) for index, kind in enumerate(kinds)})
+        layers = [
+            (f"layer.{index}.{of}", self._view(kind, of)) for index, kind in enumerate(kinds) for of in range(LAYERS)
+        ]
+        self.worker.register_kv_caches(dict(layers))
         block_size, hash_block_size = resolve_kv_cache_block_sizes(cache, config)
         scheduler = AsyncScheduler if overlap else Scheduler
         manager = StructuredOutputManager(config)
@@ -174,10 +187,10 @@ class Simulation:
         self._unheard: deque[tuple[Any, ModelRunnerOutput, Event | None]] = deque()
         self.wrong: list[str] = []
         self.answers: dict[str, list[int]] = {}
-        self.num_preempted = self.num_ahead = 0
+        self.num_preempted = self.num_ahead = self.num_by_layer = 0
 
-    def _view(self, kind: str) -> torch.Tensor | list[torch.Tensor]:
-        return [self.raw[:, :1]] if kind == "state" else self.raw.view(-1, 1, BLOCK, 2)
+    def _view(self, kind: str, layer: int) -> torch.Tensor | list[torch.Tensor]:
+        return [self.raw[layer, :, :1]] if kind == "state" else self.raw[layer].view(-1, 1, BLOCK, 2)
 
     def add(self, name: str, prompt: list[int], num_tokens: int, salt: str | None = None) -> None:
         sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0)
@@ -235,8 +248,13 @@ class Simulation:
         ]
         for hook in reversed(hooks) if self._is_second_runner else hooks:
             hook()
+        is_graph = self.choose.random() < self.share_of_graphs
+        mode = CUDAGraphMode.FULL if is_graph else CUDAGraphMode.NONE
+        if output.num_scheduled_tokens and not (is_graph and self._is_second_runner):
+            self._context = SimpleNamespace(attn_metadata={}, cudagraph_runtime_mode=mode)
         self.worker.bind_connector_metadata(metadata)
         mover = self.worker._worker._mover
+        self.num_by_layer += self.worker._worker._by_layer
         if mover is not None and mover._loads is not self.copies:
             mover._loads.close()
             mover._saves.close()
@@ -247,7 +265,8 @@ class Simulation:
         are_first = self.choose.random() < 0.3  # as vLLM 0.26 has it; later versions start loads after the pass
         if are_first:
             self._start_loads()
-        sampled = self._forward(output)
+        sampled = self._forward(output, has_hooks=not is_graph)
+        self._context = None
         if not are_first:
             self._start_loads()
         self.worker.wait_for_save()
@@ -286,11 +305,11 @@ class Simulation:
 
     def _write_blocks(self, output: Any) -> None:
         for block in output.new_block_ids_to_zero or ():
-            self.raw[block] = 0
+            self.raw[:, block] = 0
         for copied in output.kv_cache_block_copies or ():
-            self.raw[copied.dst_block_id] = self.raw[copied.src_block_id]
+            self.raw[:, copied.dst_block_id] = self.raw[:, copied.src_block_id]
 
-    def _forward(self, output: Any) -> dict[str, list[int]]:
+    def _forward(self, output: Any, *, has_hooks: bool) -> dict[str, list[int]]:
         """What each scheduled request samples."""
         computed = {}
         for new in output.scheduled_new_reqs:
@@ -304,39 +323,49 @@ class Simulation:
                 for table, added in zip(self._tables[name], ids, strict=True):
                     table.extend(added)
             computed[name] = position
-        return {name: self._pass(name, computed[name], count) for name, count in output.num_scheduled_tokens.items()}
+        names = {
+            name: self._names_up_to(name, computed[name] + count) for name, count in output.num_scheduled_tokens.items()
+        }
+        tables = {name: [list(table) for table in self._tables[name]] for name in names}
+        for layer, group in itertools.product(range(LAYERS if names else 0), range(len(self._kinds))):
+            if has_hooks and layer not in self._silent:
+                self.worker.wait_for_layer_load(f"layer.{group}.{layer}")
+            for name, of in names.items():
+                self._do(partial(self._attend, name, layer, group, tables[name][group], of, computed[name]))
+        return {name: self._sample(name, of) for name, of in names.items()}
 
-    def _pass(self, name: str, computed: int, count: int) -> list[int]:
-        tokens, end = self._tokens[name], computed + count
+    def _names_up_to(self, name: str, end: int) -> list[int]:
+        tokens = self._tokens[name]
         assert end <= len(tokens), "more is computed than is known"
         names = [0]
         for token in tokens[:end]:
             names.append(name_after(names[-1], token))
         salt = self.scheduler.requests[name].cache_salt if name in self.scheduler.requests else None
-        names = [of + (1 if salt else 0) for of in names[1:]]
-        tables = [list(table) for table in self._tables[name]]
-        self._do(partial(self._attend, name, tables, names, computed))
-        if end < len(tokens):
+        return [of + (1 if salt else 0) for of in names[1:]]
+
+    def _sample(self, name: str, names: list[int]) -> list[int]:
+        tokens = self._tokens[name]
+        if len(names) < len(tokens):
             return []
         tokens.append(names[-1] % 50 + 2)
         return tokens[-1:]
 
-    def _attend(self, name: str, tables: list[list[int]], names: list[int], computed: int) -> None:
-        """Of the tokens of these names all after `computed` are written; what they attend to must be there."""
-        end = len(names)
-        for kind, table in zip(self._kinds, tables, strict=True):
-            if kind == "state":
-                if computed and self.raw[table[(computed - 1) // BLOCK], 0].item() != names[computed - 1]:
-                    self.wrong.append(f"{name}: no state of {computed} tokens")
-                self.raw[table[(end - 1) // BLOCK], 0] = names[end - 1]
-                continue
-            first = max(0, computed - WINDOW + 1) if kind == "window" else 0
-            for position in range(first, end):
-                place = self.raw[table[position // BLOCK]].view(BLOCK, 2)[position % BLOCK]
-                if position >= computed:
-                    place[:] = names[position]
-                elif place.tolist() != [names[position]] * 2:
-                    self.wrong.append(f"{name}: {kind} lacks token {position} of {end}")
+    def _attend(self, name: str, layer: int, group: int, table: list[int], names: list[int], computed: int) -> None:
+        """Of the tokens of these names all after `computed` are written; what they attend to must be there. Each layer
+        has numbers of its own."""
+        kind, raw, names, end = self._kinds[group], self.raw[layer], [of + layer for of in names], len(names)
+        if kind == "state":
+            if computed and raw[table[(computed - 1) // BLOCK], 0].item() != names[computed - 1]:
+                self.wrong.append(f"{name}: no state of {computed} tokens")
+            raw[table[(end - 1) // BLOCK], 0] = names[end - 1]
+            return
+        first = max(0, computed - WINDOW + 1) if kind == "window" else 0
+        for position in range(first, end):
+            place = raw[table[position // BLOCK]].view(BLOCK, 2)[position % BLOCK]
+            if position >= computed:
+                place[:] = names[position]
+            elif place.tolist() != [names[position]] * 2:
+                self.wrong.append(f"{name}: layer {layer} of {kind} lacks token {position} of {end}")
 
     def close(self) -> None:
         self.worker.shutdown()
@@ -357,7 +386,8 @@ def _cache_config(kinds: tuple[str, ...], num_blocks: int) -> KVCacheConfig:
             mamba_cache_mode="align",
         ),
     }
-    groups = [KVCacheGroupSpec([f"layer.{index}"], specs[kind]) for index, kind in enumerate(kinds)]
+    names = [[f"layer.{index}.{layer}" for layer in range(LAYERS)] for index in range(len(kinds))]
+    groups = [KVCacheGroupSpec(of_group, specs[kind]) for of_group, kind in zip(names, kinds, strict=True)]
     tensors = [
         KVCacheTensor(size=num_blocks * page_bytes, layers=group.layer_names, layer_stride=0, block_stride=page_bytes)
         for group in groups

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated import BLOCK, CHUNK, Simulation
+from simulated import BLOCK, CHUNK, LAYERS, Simulation
 
 from kvferry.integrations.vllm_messages import FerryMetadata
+from kvferry.testing.late_device import LateDevice, Stream
 
 GROUPS = {
     "full": ("full",),
@@ -46,11 +48,8 @@ def drive(simulation: Simulation, *, failing: float) -> None:
         simulation.scheduler.reset_prefix_cache()
 
 
-@pytest.mark.parametrize("hook", ["handle_preemptions", "bind_connector_metadata"])
-def test_what_comes_after_a_hook_finds_what_was_loaded_ahead(
-    llama: Path, hook: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    simulation = Simulation(llama, GROUPS["full"], 32, 0, is_late=True)
+def load_ahead(simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> tuple[LateDevice, Stream]:
+    """Request "again" has begun to load on a device that stands still, into blocks of zeros."""
     prompt = [7 * at % 48 + 2 for at in range(5 * CHUNK)]
     simulation.add("first", prompt, 1)
     finish(simulation)
@@ -64,14 +63,48 @@ def test_what_comes_after_a_hook_finds_what_was_loaded_ahead(
         simulation.step()
     device.prefer(stream)
     simulation.raw[:] = 0
+    return device, stream
+
+
+@pytest.mark.parametrize("hook", ["handle_preemptions", "bind_connector_metadata"])
+def test_what_comes_after_a_hook_finds_what_was_loaded_ahead(
+    llama: Path, hook: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation = Simulation(llama, GROUPS["full"], 32, 0, is_late=True)
+    _, stream = load_ahead(simulation, monkeypatch)
     (blocks,) = simulation.scheduler.kv_cache_manager.get_block_ids("again")
-    getattr(simulation.worker, hook)(FerryMetadata())
+    getattr(simulation.worker, hook)(FerryMetadata(writes=True))
     seen: list[bool] = []
-    stream.enqueue(lambda: seen.append(bool(simulation.raw[blocks[: 4 * CHUNK // BLOCK]].all())))
+    stream.enqueue(lambda: seen.append(bool(simulation.raw[:, blocks[: 4 * CHUNK // BLOCK]].all())))
     stream.synchronize()
     assert seen == [True]
     monkeypatch.undo()
     finish(simulation)
+    simulation.close()
+
+
+@pytest.mark.parametrize("silent", [(), (1,)], ids=["", "a layer calls no hook"])
+def test_a_layer_is_computed_once_its_own_load_has_ended(
+    llama: Path, silent: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation = Simulation(llama, GROUPS["full"], 32, 0, is_late=True, silent=silent)
+    simulation.share_of_graphs = 0
+    load_ahead(simulation, monkeypatch)
+    monkeypatch.setattr(simulation.copies, "run", lambda *_: None)
+    left: dict[int, int] = {}
+    attend = simulation._attend
+
+    def look(name: str, layer: int, *rest: Any) -> None:
+        left[layer] = sum(not of[-1].query() for copy in copies for of in copy.steps)
+        attend(name, layer, *rest)
+
+    copies = simulation.worker._worker._mover._ahead
+    monkeypatch.setattr(simulation, "_attend", look)
+    finish(simulation)
+    assert left == (
+        dict.fromkeys(range(LAYERS), 0) if silent else {layer: LAYERS - layer - 1 for layer in range(LAYERS)}
+    )
+    monkeypatch.undo()
     simulation.close()
 
 
@@ -94,7 +127,7 @@ def test_saves_end_in_their_pass_where_blocks_are_written_to_before_any_hook(
         finish(simulation)
         assert simulation.half.stats()["load_tokens_memory"] == 2 * CHUNK
     else:
-        with pytest.raises(AssertionError, match="full lacks token 0"):
+        with pytest.raises(AssertionError, match="full lacks token 0 of"):
             finish(simulation)
     simulation.close()
 
@@ -115,7 +148,7 @@ def finish(simulation: Simulation, failing: float = 0.0) -> None:
 def test_every_step_reads_what_was_computed(
     llama: Path, groups: str, is_late: bool, failing: float, overlap: bool
 ) -> None:
-    seen = {"loaded": 0.0, "preempted": 0.0, "failed": 0.0, "ahead": 0, "waits": 0}
+    seen = {"loaded": 0.0, "preempted": 0.0, "failed": 0.0, "ahead": 0, "by layer": 0, "waits": 0}
 
     @settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(st.integers(0, 2**32 - 1))
@@ -132,6 +165,7 @@ def test_every_step_reads_what_was_computed(
             seen["preempted"] += simulation.num_preempted
             seen["failed"] += simulation.copies.failures
             seen["ahead"] += simulation.num_ahead
+            seen["by layer"] += simulation.num_by_layer
             seen["waits"] += simulation.copies.num_waits
         finally:
             simulation.close()
@@ -141,4 +175,5 @@ def test_every_step_reads_what_was_computed(
     assert seen["preempted"] > 0
     assert (seen["failed"] > 0) == (failing > 0)
     assert (seen["ahead"] > 0) == is_late
+    assert (seen["by layer"] > 0) == (is_late and groups == "full")
     assert seen["waits"] > 0 or groups in {"states", "all"}

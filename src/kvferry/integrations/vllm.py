@@ -15,13 +15,15 @@ from typing import Any, Final, TypeVar
 
 import torch
 import vllm
+from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_events import KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from kvferry.config import StoreOptions, load_options
 from kvferry.errors import ConfigError
 from kvferry.integrations.vllm_identity import engine_identity
-from kvferry.integrations.vllm_layout import CacheGroup, read_groups, read_layouts, read_shared_layout
+from kvferry.integrations.vllm_layout import CacheGroup, read_groups, read_layouts
 from kvferry.integrations.vllm_messages import FerryMetadata, FerryWorkerMetadata
 from kvferry.integrations.vllm_metrics import FerryPromMetrics, FerryStats
 from kvferry.integrations.vllm_scheduler import Roles, SchedulerHalf
@@ -63,7 +65,12 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
         self._chunk_tokens = options.chunk_tokens
         engine = _engine(vllm_config)
         if role is KVConnectorRole.WORKER:
-            self._worker = WorkerHalf(engine, options, writes_early=_writes_early(vllm_config, kv_cache_config))
+            self._worker = WorkerHalf(
+                engine,
+                options,
+                writes_early=_writes_early(vllm_config, kv_cache_config),
+                one_pass_a_step=vllm_config.speculative_config is None,
+            )
             return
         # A load that fails is computed. vLLM's own default is to fail the request, and it asks after this constructor.
         transfer = vllm_config.kv_transfer_config
@@ -78,11 +85,6 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
         )
         if not self._scheduler.wait_for_workers(_REGISTRATION_SECONDS):
             logger.warning("kvferry's workers have not registered yet: nothing is kept until they have")
-
-    @property
-    def prefer_cross_layer_blocks(self) -> bool:
-        """One copy a block instead of one a layer, in versions that ask. Only read where the cache is of one kind."""
-        return self._worker is not None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -136,19 +138,17 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
     # -- worker --------------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._worker is None:
+            return
         num_blocks = self._kv_cache_config.num_blocks
-        self._register(lambda: read_layouts(self._groups, kv_caches, num_blocks, self._block_dim, self._chunk_tokens))
-
-    def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: type[Any]) -> None:
-        """One tensor for all layers, in the order in which its dimensions lie."""
-
-        def read() -> list[Layout] | UnknownLayout:
-            (group,) = self._groups
-            order = attn_backend.get_kv_cache_stride_order(include_num_layers_dimension=True)
-            block_dim = order.index(1 + self._block_dim(group.names[0], group.specs[0]))
-            return read_shared_layout(group, kv_cache, self._kv_cache_config.num_blocks, block_dim)
-
-        self._register(read)
+        broken: list[Layout] | UnknownLayout = UnknownLayout("reading it broke off")
+        layouts = self._answer(
+            lambda: read_layouts(self._groups, kv_caches, num_blocks, self._block_dim, self._chunk_tokens), broken
+        )
+        if isinstance(layouts, UnknownLayout):
+            self._warn(layouts.reason)
+            return
+        self._worker.register(self._groups, layouts, partial(engine_identity, self._vllm_config, vllm.__version__))
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         if self._worker is not None:
@@ -157,14 +157,15 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:
-            self._worker.bind(connector_metadata, _stream())
+            self._worker.bind(connector_metadata, _stream(), by_layer=_waits_by_layer())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
             self._worker.start_loads(_stream())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """A request is not in a pass before all of its load has ended."""
+        if self._worker is not None:
+            self._worker.wait_for_layer(layer_name, _stream)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """All layers of a block are saved together after the pass."""
@@ -219,16 +220,6 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
                 half.shutdown()
         self._worker = self._scheduler = None
 
-    def _register(self, read: Callable[[], list[Layout] | UnknownLayout]) -> None:
-        if self._worker is None:
-            return
-        broken: list[Layout] | UnknownLayout = UnknownLayout("reading it broke off")
-        layouts = self._answer(read, broken)
-        if isinstance(layouts, UnknownLayout):
-            self._warn(layouts.reason)
-            return
-        self._worker.register(self._groups, layouts, partial(engine_identity, self._vllm_config, vllm.__version__))
-
     def _block_dim(self, name: str, spec: Any) -> int:
         """Newer versions register `[blocks, heads, tokens, content]`; in older ones the attention backend decides."""
         backend = self._vllm_config.compilation_config.static_forward_context[name].get_attn_backend()
@@ -254,6 +245,14 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
 
 def _stream() -> Any:
     return torch.cuda.current_stream() if torch.cuda.is_available() else None
+
+
+def _waits_by_layer() -> bool:
+    """Whether the pass that follows calls the hook before each layer reads its blocks: not from within a CUDA graph."""
+    if not is_forward_context_available():
+        return False
+    context = get_forward_context()
+    return isinstance(context.attn_metadata, dict) and context.cudagraph_runtime_mode != CUDAGraphMode.FULL
 
 
 def _fit(options: StoreOptions, groups: list[CacheGroup], num_stages: int) -> StoreOptions:

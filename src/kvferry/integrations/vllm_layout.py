@@ -100,21 +100,6 @@ def read_layouts(
     return layouts
 
 
-def read_shared_layout(
-    group: CacheGroup, cache: torch.Tensor, num_blocks: int, block_dim: int
-) -> list[Layout] | UnknownLayout:
-    """The same for an only group all of whose layers share one tensor, in whatever order of its dimensions."""
-    pages = _pages(cache, num_blocks, block_dim)
-    page_bytes = sum(map(_page_bytes, pages))
-    expected = sum(map(_content_bytes, group.specs))
-    if page_bytes != expected:
-        return UnknownLayout(f"the tensor of all layers has {page_bytes} bytes a block and {expected} by its specs")
-    layers = tuple(range(len(group.names)))
-    views = [(view, layers) for view in pages]
-    layout = _proved(read_regions(views, group.tokens_per_block, _content(group, pages)))
-    return layout if isinstance(layout, UnknownLayout) else [layout]
-
-
 def _proved(layout: Layout | UnknownLayout) -> Layout | UnknownLayout:
     if isinstance(layout, Layout) and not self_test(layout):
         return UnknownLayout("bytes written to the blocks were not found where they should be")

@@ -16,6 +16,7 @@ class FerryMetadata(KVConnectorMetadata):
     jobs: the planner's, whose request ids are numbers. names: vLLM's ids of requests that workers will report.
     lost: loads that were promised and cannot be made any more, with the blocks that they should have filled.
     is_empty: nothing is computed in this step. is_idle: besides, its one load is the only one under way.
+    writes: vLLM zeroes or copies blocks before the step's pass.
     finished: requests whose blocks wait for the end of their saves. preempted: requests whose blocks are gone: this
     step may write to them.
     """
@@ -25,6 +26,7 @@ class FerryMetadata(KVConnectorMetadata):
     lost: dict[int, list[int]] = field(default_factory=dict)
     is_empty: bool = False
     is_idle: bool = False
+    writes: bool = False
     finished: list[int] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
 

@@ -2,8 +2,9 @@
 
 Every load runs beside the passes, so that one that cannot be made is known before anything was computed from it: vLLM
 may have scheduled the next pass before it learns how this one went. On CUDA the only load of an idle engine counts as
-ended once its copies are enqueued, and the pass that waits for it is launched while they run. Every save runs beside
-the passes too, except for groups whose blocks vLLM takes back while their request runs, or writes to before it says so.
+ended once its copies are enqueued, and the pass that waits for it is launched while they run: layer by layer if vLLM
+calls the hook for each, else as a whole. Every save runs beside the passes too, except for groups whose blocks vLLM
+takes back while their request runs, or writes to before it says so.
 """
 
 from __future__ import annotations
@@ -39,12 +40,15 @@ class WorkerHalf:
     """One rank's jobs. Until there is a store, and the model has a name, loads fail and saves are not begun.
 
     writes_early: a step writes to blocks before it says that they were given to another request, so no copy may be
-    under way in blocks that can be.
+    under way in blocks that can be. one_pass_a_step: all that reads blocks in a step is one pass of the model.
     """
 
-    def __init__(self, engine: Engine, options: StoreOptions, *, writes_early: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, options: StoreOptions, *, writes_early: bool = False, one_pass_a_step: bool = False
+    ) -> None:
         self._engine = engine
         self._writes_early = writes_early
+        self._one_pass_a_step = one_pass_a_step
         self._options = options
         self._store, self._close_store = open_for_worker(engine, options)
         self._groups: Sequence[CacheGroup] = ()
@@ -55,6 +59,12 @@ class WorkerHalf:
         self._metadata = FerryMetadata()
         self._is_empty = False
         """Whether the step computes nothing."""
+        self._layers: dict[str, int] = {}
+        """Numbers of the layers by their names, if passes may wait for loads layer by layer."""
+        self._silent: set[str] = set()
+        """Those that were never seen to call the hook."""
+        self._by_layer = False
+        """Whether the step's pass waits layer by layer."""
         self._names: dict[int, str] = {}
         self._loads: dict[int, int] = {}
         self._saves: dict[int, int] = {}
@@ -74,6 +84,10 @@ class WorkerHalf:
     ) -> None:
         """Offer these pools to the store, in the background: to name weights may take seconds."""
         self._groups, self._layouts = groups, layouts
+        # Elsewhere vLLM writes to blocks before a pass, such as states, or reads them outside its layers.
+        if self._one_pass_a_step and len(groups) == 1 and groups[0].kind is GroupKind.FULL:
+            self._layers = {name: layer for layer, name in enumerate(groups[0].names)}
+            self._silent = set(self._layers)
         self._registering = threading.Thread(
             target=self._register, args=(name_weights,), name="kvferry-vllm-register", daemon=True
         )
@@ -94,11 +108,15 @@ class WorkerHalf:
         except Exception:  # the thread's boundary
             logger.exception("KV is not kept beyond vLLM's pool")
 
-    def bind(self, metadata: FerryMetadata, stream: Any) -> None:
+    def bind(self, metadata: FerryMetadata, stream: Any, *, by_layer: bool = False) -> None:
         """Take a step's orders. What `stream` is given from now on, such as the step's pass, finds what was loaded
-        ahead: vLLM may call `start_loads` before the pass or after it."""
+        ahead: vLLM may call `start_loads` before the pass or after it. by_layer: the pass calls `wait_for_layer`, as
+        far as layers do."""
         self._follow_arena()
-        self._order_after_loads(stream)
+        is_ahead = self._mover is not None and self._mover.is_ahead
+        self._by_layer = is_ahead and by_layer and self._may_wait_by_layer
+        if not (self._by_layer or metadata.is_empty):
+            self._order_after_loads(stream)
         self._metadata, self._is_empty = metadata, metadata.is_empty
         self._names |= metadata.names
         self._finished.update(metadata.finished)
@@ -128,11 +146,24 @@ class WorkerHalf:
     def release_preempted(self, metadata: FerryMetadata, stream: Any) -> None:
         """Before a step writes to blocks of requests that were preempted: wait for copies out of them. Before it copies
         or zeroes blocks, which may be before `bind`: wait for copies into them."""
-        self._order_after_loads(stream)
+        if metadata.writes or not self._may_wait_by_layer:
+            self._order_after_loads(stream)
         preempted = set(metadata.preempted)
         jobs = [job_id for job_id, request in self._saves.items() if request in preempted]
         if self._mover is not None and jobs:
             self._mover.flush(jobs)
+
+    @property
+    def _may_wait_by_layer(self) -> bool:
+        """Whether each layer of a pass reads its blocks after it has called the hook, and nothing else reads any."""
+        return bool(self._layers) and not self._silent
+
+    def wait_for_layer(self, name: str, stream_of: Callable[[], Any]) -> None:
+        """What vLLM's stream is given from now on, such as a layer's attention, finds what was loaded ahead of the
+        layer, if the pass waits layer by layer."""
+        self._silent.discard(name)
+        if self._by_layer and self._mover is not None and name in self._layers:
+            self._mover.order_layer_after_loads(self._layers[name], stream_of())
 
     def _order_after_loads(self, stream: Any) -> None:
         if self._mover is not None:
@@ -157,6 +188,8 @@ class WorkerHalf:
 
     def start_saves(self, stream: Any) -> None:
         """Begin to save what the step's pass, as far as `stream` was given it, completes."""
+        if self._by_layer:
+            self._order_after_loads(stream)
         orders, self._metadata = self._metadata.jobs.stores, FerryMetadata()
         if self._mover is not None and orders:
             self._saves.update((order.job.job_id, order.request_id) for order in orders)

@@ -153,6 +153,16 @@ class Mover:
         """What `stream` is given from now on comes after all that is loaded ahead."""
         self._ahead = [copy for copy in self._ahead if copy.precede(stream)]
 
+    def order_layer_after_loads(self, layer: int, stream: Any) -> None:
+        """The same of one layer."""
+        for copy in self._ahead:
+            copy.wait_for_layer(layer, stream)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether what was loaded ahead may still be under way."""
+        return bool(self._ahead)
+
     def save(self, jobs: Sequence[CopyJob], stream: Any) -> None:
         """Copy out of the pool, after the work that `stream` was given so far. What passing groups have is copied when
         this returns; the blocks of the others must stay as they are until `take_ended` reports the job."""

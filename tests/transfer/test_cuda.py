@@ -15,9 +15,10 @@ import torch
 from kvferry.transfer import tuning
 from kvferry.transfer.copy import Copier, CopyEngine, mark
 from kvferry.transfer.cuda import CudaError, Runtime
-from kvferry.transfer.kernels import SmallCopies, Tuning
+from kvferry.transfer.kernels import PageKernel, Tuning
 from kvferry.transfer.layout import Layout, read_regions
 from kvferry.transfer.plan import Direction, PartBlocks, Plan
+from kvferry.transfer.runs import RunCopies
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,14 +30,22 @@ NUM_COPIES = int(os.environ.get("KVFERRY_TEST_BLOCK_COPIES", "40000"))
 """A million take half a minute."""
 
 
+class Never:
+    """Stands for a way to copy."""
+
+    def copy(self, *_: object) -> bool:
+        return False
+
+
 @pytest.fixture
 def arena() -> memoryview:
     memory = mmap.mmap(-1, 96 << 20)  # a piece and a half
     return memoryview(memory)
 
 
+@pytest.mark.parametrize("is_in_runs", [True, False], ids=["runs", "single pages"])
 @pytest.mark.parametrize("page_bytes", [4096, 65_536, 4096 + 8])
-def test_bytes_stay_right_while_the_device_computes(page_bytes: int, arena: memoryview) -> None:
+def test_bytes_stay_right_while_the_device_computes(page_bytes: int, is_in_runs: bool, arena: memoryview) -> None:
     """Each round writes new blocks on the main stream behind a sleep of random length, saves them, overwrites them
     with the load of another slot, and at once computes on what was loaded; a model on the host knows what every block
     must be."""
@@ -47,6 +56,9 @@ def test_bytes_stay_right_while_the_device_computes(page_bytes: int, arena: memo
     part_bytes = BLOCKS_PER_PART * layout.block_bytes
     num_slots = min(NUM_SLOTS, len(arena) // part_bytes)
     copier = Copier(torch.device("cuda", 0), arena)
+    assert copier.cuda is not None
+    if not is_in_runs:
+        copier.cuda._runs = dict.fromkeys(Direction, Never())
     engine = CopyEngine(layout, copier, BLOCKS_PER_PART)
     main = torch.cuda.current_stream()
     in_slot = [0] * num_slots
@@ -75,14 +87,15 @@ def test_bytes_stay_right_while_the_device_computes(page_bytes: int, arena: memo
     assert int(wrong) == 0
 
 
-@pytest.mark.parametrize("broken", ["batch", "kernel", "register"])
+@pytest.mark.parametrize("broken", ["batch", "kernel", "register", "runs"])
 def test_a_way_that_fails_is_replaced_by_the_next_and_named_once(
     broken: str, arena: memoryview, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
         raise CudaError("out of order")
 
-    way = {"batch": (Runtime, "_copy_batch"), "kernel": (SmallCopies, "_launch"), "register": (Runtime, "register")}
+    way = {"batch": (Runtime, "_copy_batch"), "kernel": (PageKernel, "listed"), "register": (Runtime, "register")}
+    way["runs"] = (RunCopies, "_copy")
     monkeypatch.setattr(*way[broken], fail)
     pool = torch.randint(0, 255, (64, 4096 if broken == "kernel" else 1 << 17), dtype=torch.uint8, device="cuda")
     layout = read_regions([(pool, (0,))], 1, "test")
@@ -91,6 +104,8 @@ def test_a_way_that_fails_is_replaced_by_the_next_and_named_once(
     assert copier.cuda is not None
     assert copier.cuda.pin(30)
     engine = CopyEngine(layout, copier, 16)
+    if broken == "kernel":
+        copier.cuda._runs = dict.fromkeys(Direction, Never())
     now = mark(torch.cuda.current_stream())
     kept = pool.clone()
     for _ in range(2):
@@ -100,13 +115,13 @@ def test_a_way_that_fails_is_replaced_by_the_next_and_named_once(
     assert torch.equal(pool[32:64:2], kept[1:33:2])
     assert torch.equal(pool[1:32:2], kept[1:32:2])
     said = [record.message for record in caplog.records if "slow" in record.message]
-    assert len(said) == 1
+    assert len(said) == (2 if broken == "runs" else 1)  # each direction has a way of its own
 
 
 def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
     device = torch.device("cuda", 0)
-    kernel, runtime = SmallCopies(device), Runtime(device)
+    kernel, runtime = PageKernel(device), Runtime(device)
     found = tuning.find(device, kernel, runtime.copy)
     assert 0 < found.kernel_below_bytes <= tuning.LARGEST_IN_DOUBT_BYTES
     monkeypatch.setattr(tuning, "_measure", None)
@@ -119,10 +134,10 @@ def test_the_kernel_s_first_lists_wait_for_who_had_their_memory() -> None:
     device = torch.ones(1 << 16, dtype=torch.uint8, device="cuda")
     stream = torch.cuda.Stream()
     plan = Plan(*(np.array([value], np.uint64) for value in (device.data_ptr(), host.data_ptr(), 1 << 16)))
-    small = SmallCopies(torch.device("cuda", 0))
+    small = PageKernel(torch.device("cuda", 0))
     assert small.copy(plan, stream, Tuning(1 << 30))  # compiles the kernel
     torch.cuda.synchronize()
-    small = SmallCopies(torch.device("cuda", 0))
+    small = PageKernel(torch.device("cuda", 0))
     main = mark(torch.cuda.current_stream())
     torch.cuda._sleep(2_000_000_000)
     busy = mark(torch.cuda.current_stream())

@@ -48,13 +48,13 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         self.work.append((None, event))
 
-    def record(self) -> Event:
+    def record_event(self) -> Event:
         event = Event(self._device)
         self.enqueue(event.pass_by)
         return event
 
     def synchronize(self) -> None:
-        self.record().synchronize()
+        self.record_event().synchronize()
 
     @property
     def can_go_on(self) -> bool:
@@ -112,4 +112,4 @@ class LateCopier:
 
 def mark(stream: Stream | None) -> Event | None:
     """Stands for `transfer.copy.mark`."""
-    return stream.record() if stream is not None else None
+    return stream.record_event() if stream is not None else None

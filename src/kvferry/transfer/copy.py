@@ -19,8 +19,8 @@ from kvferry.transfer.host import HostCopier
 from kvferry.transfer.layout import Layout
 from kvferry.transfer.plan import BlockRows, Direction, PartBlocks, Strides, block_rows, plan_copies
 
-_STEP_COPIES: Final = 2048
-"""Submitting takes about a microsecond a copy, during which the copies before it run."""
+_STEP_BYTES: Final = 128 << 20
+"""Some milliseconds of the wire, during which the next are submitted, and after which other copies have their turn."""
 
 
 def mark(stream: Any) -> Any:
@@ -116,7 +116,7 @@ class CopyEngine:
             stream.wait_event(after)
         steps = []
         regions = self._layout.regions
-        per_step = max(1, _STEP_COPIES // max(1, rows.ids.size))
+        per_step = max(1, _STEP_BYTES * len(regions) // max(1, rows.ids.size * self._layout.block_bytes))
         try:
             for first in range(0, len(regions), per_step):
                 which = slice(first, first + per_step)

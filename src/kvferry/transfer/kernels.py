@@ -1,4 +1,4 @@
-"""Copies of small pages by the device's own processors, which read and write pinned host memory directly.
+"""Copies of pages by the device's own processors: within the device, or from and to pinned host memory directly.
 
 A copy engine needs about a microsecond a page, so below some page size it falls behind the wire. Where that is, and how
 many programs keep the wire full, differs from device to device: `Tuning` says it, measured once a device and kept in a
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,13 +33,15 @@ WORD_BYTES: Final = 16
 _WORDS: Final = 1024
 """Eight bytes each: what a program moves at a time."""
 _NUM_WARPS: Final = 4
+_NUM_PROGRAMS: Final = 128
+"""Within the device, where they take microseconds."""
 
 if triton is not None:
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _move(destinations, sources, sizes, num_copies, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-        copy = tl.program_id(0)
-        while copy < num_copies:
+    # Numbers of copies are of every kind: none is worth a kernel of its own, compiled while somebody waits.
+    @triton.jit(do_not_specialize=["first", "end"])  # type: ignore[untyped-decorator]
+    def _move(destinations, sources, sizes, first, end, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+        copy = first + tl.program_id(0)
+        while copy < end:
             destination = tl.multiple_of(tl.load(destinations + copy), 16)
             source = tl.multiple_of(tl.load(sources + copy), 16)
             num_words = tl.multiple_of(tl.load(sizes + copy) // 8, 2)
@@ -58,7 +62,7 @@ class Tuning:
     num_programs: int = 64
 
 
-class SmallCopies:
+class PageKernel:
     """Enqueues the kernel on one device. Thread-safe."""
 
     def __init__(self, device: torch.device) -> None:
@@ -71,31 +75,45 @@ class SmallCopies:
     def copy(self, plan: Plan, stream: Any, tuning: Tuning) -> bool:
         """Whether these copies between the device and pinned memory are the kernel's, and are enqueued."""
         num_copies = len(plan.sizes)
-        if not (self._works and num_copies and plan.num_bytes < num_copies * tuning.kernel_below_bytes):
-            return False
-        sides = (plan.sources, plan.destinations, plan.sizes)
-        if any(int(np.bitwise_or.reduce(side)) % WORD_BYTES for side in sides):
+        if not (self.can_move(plan) and num_copies and plan.num_bytes < num_copies * tuning.kernel_below_bytes):
             return False
         try:
-            with self._lock:
-                self._launch(plan, num_copies, stream, tuning.num_programs)
+            with self.listed(plan, stream, tuning.num_programs) as move:
+                move(0, num_copies)
         except Exception as error:  # noqa: BLE001 - compilers raise whatever they like, and copy engines can do it too
             self._works = False
             self._log.warn("kernel", "small pages are copied by the copy engines, which is slower: %r", error)
             return False
         return True
 
-    def _launch(self, plan: Plan, num_copies: int, stream: Any, num_programs: int) -> None:
-        addresses = next((each for each in self._lists if each.is_free(num_copies)), None)
-        if addresses is None:
-            addresses = _AddressList(self._device, num_copies)
-            self._lists.append(addresses)
-            after_allocating(stream)
-        with torch.cuda.stream(stream):
-            destinations, sources, sizes = addresses.send(plan)
-            grid = (min(num_programs, num_copies),)
-            _move[grid](destinations, sources, sizes, num_copies, WORDS=_WORDS, num_warps=_NUM_WARPS)
-            addresses.busy_until(stream)
+    def can_move(self, plan: Plan) -> bool:
+        """Whether there is a kernel, and these copies are of whole words."""
+        sides = (plan.sources, plan.destinations, plan.sizes)
+        return self._works and not any(int(np.bitwise_or.reduce(side)) % WORD_BYTES for side in sides)
+
+    @contextmanager
+    def listed(
+        self, plan: Plan, stream: Any, num_programs: int = _NUM_PROGRAMS
+    ) -> Iterator[Callable[[int, int], None]]:
+        """What enqueues the copies from the first number up to the second on `stream`, as often as it is called within.
+        Within, `stream` is the current one."""
+        with self._lock, torch.cuda.stream(stream):
+            num_copies = len(plan.sizes)
+            addresses = next((each for each in self._lists if each.is_free(num_copies)), None)
+            if addresses is None:
+                addresses = _AddressList(self._device, num_copies)
+                self._lists.append(addresses)
+                after_allocating(stream)
+            lists = addresses.send(plan)
+
+            def move(first: int, end: int) -> None:
+                grid = (min(num_programs, end - first),)
+                _move[grid](*lists, first, end, WORDS=_WORDS, num_warps=_NUM_WARPS)
+
+            try:
+                yield move
+            finally:
+                addresses.busy_until(stream)
 
 
 def after_allocating(stream: Any) -> None:

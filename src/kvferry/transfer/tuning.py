@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from kvferry.transfer.kernels import SmallCopies, Tuning, after_allocating
+from kvferry.transfer.kernels import PageKernel, Tuning, after_allocating
 from kvferry.transfer.plan import Direction, Plan
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _FOLDER: Final = Path("~/.cache/kvferry")
 Submit = Callable[[Plan, Direction, Any], None]
 
 
-def find(device: torch.device, kernel: SmallCopies, engines: Submit) -> Tuning:
+def find(device: torch.device, kernel: PageKernel, engines: Submit) -> Tuning:
     """As the file says, or measured now: some tenths of a second, beside whatever else the device does."""
     properties = torch.cuda.get_device_properties(device)
     name = "".join(letter if letter.isalnum() else "-" for letter in properties.name)
@@ -54,7 +54,7 @@ def find(device: torch.device, kernel: SmallCopies, engines: Submit) -> Tuning:
     return tuning
 
 
-def _measure(device: torch.device, kernel: SmallCopies, engines: Submit) -> Tuning:
+def _measure(device: torch.device, kernel: PageKernel, engines: Submit) -> Tuning:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     host = torch.empty(_SAMPLE_BYTES, dtype=torch.uint8, pin_memory=True)
     pool = torch.empty(2 * _SAMPLE_BYTES, dtype=torch.uint8, device=device)

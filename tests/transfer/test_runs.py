@@ -107,11 +107,11 @@ def test_the_wire_is_idle_for_a_moment_between_two_loads(monkeypatch: pytest.Mon
     rig.device.prefer(rig.wire)
     placed: list[bool] = []
     rig.copies.copy(rig.plan(50), rig.stream)
-    last = rig.stream.record_event()
+    free = list(rig.copies._free)
     send = rig.copies._send
 
     def send_and_look(plan: Plan, direction: Direction, wire: Stream) -> None:
-        wire.enqueue(lambda: placed.append(last.query()))
+        wire.enqueue(lambda: placed.append(all(event.query() for event in free)))
         send(plan, direction, wire)
 
     rig.copies._send = send_and_look

@@ -14,11 +14,11 @@ import torch
 
 from kvferry.transfer import tuning
 from kvferry.transfer.copy import Copier, CopyEngine, mark
-from kvferry.transfer.cuda import CudaError, Runtime
+from kvferry.transfer.cuda import PIECE_BYTES, CudaError, Runtime
 from kvferry.transfer.kernels import PageKernel, Tuning
 from kvferry.transfer.layout import Layout, read_regions
 from kvferry.transfer.plan import Direction, PartBlocks, Plan
-from kvferry.transfer.runs import RunCopies
+from kvferry.transfer.runs import RunLoads
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +58,7 @@ def test_bytes_stay_right_while_the_device_computes(page_bytes: int, is_in_runs:
     copier = Copier(torch.device("cuda", 0), arena)
     assert copier.cuda is not None
     if not is_in_runs:
-        copier.cuda._runs = dict.fromkeys(Direction, Never())
+        copier.cuda._runs = Never()
     engine = CopyEngine(layout, copier, BLOCKS_PER_PART)
     main = torch.cuda.current_stream()
     in_slot = [0] * num_slots
@@ -95,17 +95,15 @@ def test_a_way_that_fails_is_replaced_by_the_next_and_named_once(
         raise CudaError("out of order")
 
     way = {"batch": (Runtime, "_copy_batch"), "kernel": (PageKernel, "listed"), "register": (Runtime, "register")}
-    way["runs"] = (RunCopies, "_copy")
+    way["runs"] = (RunLoads, "_copy")
     monkeypatch.setattr(*way[broken], fail)
-    pool = torch.randint(0, 255, (64, 4096 if broken == "kernel" else 1 << 17), dtype=torch.uint8, device="cuda")
+    pool = torch.randint(0, 255, (64, 4096 if broken == "kernel" else 1 << 16), dtype=torch.uint8, device="cuda")
     layout = read_regions([(pool, (0,))], 1, "test")
     assert isinstance(layout, Layout)
     copier = Copier(torch.device("cuda", 0), arena)
     assert copier.cuda is not None
     assert copier.cuda.pin(30)
     engine = CopyEngine(layout, copier, 16)
-    if broken == "kernel":
-        copier.cuda._runs = dict.fromkeys(Direction, Never())
     now = mark(torch.cuda.current_stream())
     kept = pool.clone()
     for _ in range(2):
@@ -115,7 +113,31 @@ def test_a_way_that_fails_is_replaced_by_the_next_and_named_once(
     assert torch.equal(pool[32:64:2], kept[1:33:2])
     assert torch.equal(pool[1:32:2], kept[1:32:2])
     said = [record.message for record in caplog.records if "slow" in record.message]
-    assert len(said) == (2 if broken == "runs" else 1)  # each direction has a way of its own
+    assert len(said) == 1
+
+
+def test_runs_in_two_registered_pieces_from_within_a_pass_and_beside_it(
+    arena: memoryview, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Engines run passes in inference mode; threads beside them are not in it."""
+    pool = torch.randint(0, 255, (64, 1 << 16), dtype=torch.uint8, device="cuda")
+    layout = read_regions([(pool, (0,))], 1, "test")
+    assert isinstance(layout, Layout)
+    copier = Copier(torch.device("cuda", 0), arena)
+    assert copier.cuda is not None
+    assert copier.cuda.pin(30)
+    engine = CopyEngine(layout, copier, 16)
+    at = PIECE_BYTES - (5 << 16) - 4096  # not even at a page
+    engine.submit(Direction.FROM_POOL, [PartBlocks(at, 0, range(16))], mark(torch.cuda.current_stream())).wait()
+    for in_pass in (True, False, True):
+        pool[32:] = 0
+        with torch.inference_mode(in_pass):
+            engine.submit(Direction.TO_POOL, [PartBlocks(at, 0, range(63, 31, -2))], mark(torch.cuda.current_stream()))
+            torch.cuda.synchronize()
+        assert torch.equal(pool[range(63, 31, -2)], pool[:16])
+    assert copier.cuda._runs._placed, "this way was taken"
+    copier.close()
+    assert not caplog.records
 
 
 def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ business. Knows no store and no request; the arena is any writable buffer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from kvferry.transfer.host import HostCopier
 from kvferry.transfer.layout import Layout
 from kvferry.transfer.plan import BlockRows, Direction, PartBlocks, Strides, block_rows, plan_copies
 
-_STEP_BYTES: Final = 128 << 20
+_FIRST_STEP_BYTES: Final = 32 << 20
+"""So that the wire has something to do soon."""
+_STEP_BYTES: Final = 256 << 20
 """Some milliseconds of the wire, during which the next are submitted, and after which other copies have their turn."""
 
 
@@ -116,10 +119,10 @@ class CopyEngine:
             stream.wait_event(after)
         steps = []
         regions = self._layout.regions
-        per_step = max(1, _STEP_BYTES * len(regions) // max(1, rows.ids.size * self._layout.block_bytes))
+        region_bytes = max(1, rows.ids.size * self._layout.block_bytes // len(regions))
+        edges = range(max(1, _FIRST_STEP_BYTES // region_bytes), len(regions), max(1, _STEP_BYTES // region_bytes))
         try:
-            for first in range(0, len(regions), per_step):
-                which = slice(first, first + per_step)
+            for which in itertools.starmap(slice, itertools.pairwise([0, *edges, len(regions)])):
                 copier.copy(plan_copies(rows, self._strides, direction, which), direction)
                 layers = frozenset(layer for region in regions[which] for layer in region.layers)
                 steps.append((layers, mark(stream)))

@@ -1,7 +1,7 @@
 """Copies between a CUDA device and an arena, enqueued on streams of their own.
 
-What is registered with the driver is copied by the device's copy engines at the speed of the wire: pages that lie side
-by side in the arena together (`runs`), others one by one or, where they are small, by a kernel that reads or writes
+What is registered with the driver is copied by the device's copy engines at the speed of the wire, to the device with
+pages that lie side by side in the arena together (`runs`), or, where pages are small, by a kernel that reads or writes
 host memory itself (`kernels`). What is not registered yet goes through two pinned buffers. The arena is registered in
 pieces by a thread, those first that copies ask for, so that a large arena delays nobody. Calls the runtime that torch
 has loaded, through ctypes; every return code is looked at.
@@ -28,7 +28,7 @@ from kvferry.transfer import tuning
 from kvferry.transfer.host import move
 from kvferry.transfer.kernels import PageKernel, Tuning, after_allocating
 from kvferry.transfer.plan import Addresses, Direction, Plan
-from kvferry.transfer.runs import RunCopies
+from kvferry.transfer.runs import RunLoads
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ class CudaCopier:
 
     def __init__(self, device: torch.device, arena: torch.Tensor) -> None:
         self.streams = {way: torch.cuda.Stream(device) for way in Direction}  # type: ignore[no-untyped-call]
-        self._wires = {way: torch.cuda.Stream(device) for way in Direction}  # type: ignore[no-untyped-call]
+        self._wire = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._runtime = Runtime(device)
         self._pieces = PinnedPieces(self._runtime, arena.data_ptr(), arena.numel())
         self._device = device
@@ -243,10 +243,13 @@ class CudaCopier:
         self._lock = threading.Lock()
         self._stages: list[tuple[torch.Tensor, Any]] = []
         self._buffers: list[torch.Tensor] = []
-        self._runs = {
-            way: RunCopies(way, wire, self._allocate, self._kernel, self._runtime.copy)
-            for way, wire in self._wires.items()
-        }
+        self._runs = RunLoads(
+            self._wire,
+            self._allocate,
+            self._kernel,
+            lambda plan: self._pieces.cut(plan, plan.sources),
+            lambda plan, wire: self._runtime.copy(plan, Direction.TO_POOL, wire),
+        )
 
     def copy(self, plan: Plan, direction: Direction) -> None:
         """Enqueue on the direction's stream. Returns at once for registered memory; waits for most of the rest."""
@@ -258,18 +261,20 @@ class CudaCopier:
         host = plan.sources if direction is Direction.TO_POOL else plan.destinations
         pinned = self._pieces.split(host)
         direct, staged = plan.only(pinned), plan.only(~pinned)
-        if not self._runs[direction].copy(direct, stream):
-            if has_small_pages:
-                self._tune_once()
-            if not (has_small_pages and self._kernel.copy(direct, stream, self._tuning)):
-                self._runtime.copy(direct, direction, stream)
+        if has_small_pages:
+            self._tune_once()
+        if not (
+            (has_small_pages and self._kernel.copy(direct, stream, self._tuning))
+            or (direction is Direction.TO_POOL and self._runs.copy(direct, stream))
+        ):
+            self._runtime.copy(direct, direction, stream)
         if len(staged.sizes):
             with self._lock, torch.cuda.stream(stream):
                 self._copy_staged(staged, direction, stream)
 
     def close(self) -> None:
         """Wait for what was enqueued. Calling it again does nothing."""
-        for stream in (*self._wires.values(), *self.streams.values()):
+        for stream in (self._wire, *self.streams.values()):
             stream.synchronize()
         if self._tuner is not None:
             self._tuner.join()
@@ -286,7 +291,7 @@ class CudaCopier:
         """The address of memory on the device that is this copier's until it is closed."""
         buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         self._buffers.append(buffer)
-        for stream in (*self._wires.values(), *self.streams.values()):
+        for stream in (self._wire, *self.streams.values()):
             after_allocating(stream)
         return buffer.data_ptr()
 

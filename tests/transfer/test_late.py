@@ -25,8 +25,7 @@ class Scene:
 
     def __init__(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(copy_module, "mark", mark_late)
-        for name in ("_FIRST_STEP_BYTES", "_STEP_BYTES"):
-            monkeypatch.setattr(copy_module, name, 1)
+        monkeypatch.setattr(copy_module, "_STEP_BYTES", 1)
         self.device = LateDevice(random.Random(seed))
         self.main = self.device.stream()
         self.pool = torch.zeros(NUM_LAYERS, NUM_BLOCKS, PAGE_BYTES, dtype=torch.uint8)

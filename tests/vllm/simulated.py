@@ -139,8 +139,7 @@ class Simulation:
         self._context: SimpleNamespace | None = None
         self._patches.enter_context(patch(f"{adapter}.is_forward_context_available", lambda: bool(self._context)))
         self._patches.enter_context(patch(f"{adapter}.get_forward_context", lambda: self._context))
-        for name in ("_FIRST_STEP_BYTES", "_STEP_BYTES"):
-            self._patches.enter_context(patch(f"kvferry.transfer.copy.{name}", 1))
+        self._patches.enter_context(patch("kvferry.transfer.copy._STEP_BYTES", 1))
         self._silent, self.share_of_graphs = silent, 0.3
         config = EngineArgs(
             str(model),

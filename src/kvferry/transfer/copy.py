@@ -20,10 +20,11 @@ from kvferry.transfer.host import HostCopier
 from kvferry.transfer.layout import Layout
 from kvferry.transfer.plan import BlockRows, Direction, PartBlocks, Strides, block_rows, plan_copies
 
-_FIRST_STEP_BYTES: Final = 32 << 20
-"""So that the wire has something to do soon."""
-_STEP_BYTES: Final = 256 << 20
-"""Some milliseconds of the wire, during which the next are submitted, and after which other copies have their turn."""
+_STEP_COPIES, _STEP_BYTES = 4096, 256 << 20
+"""At most so much of what is submitted at once: some milliseconds of the wire, during which the next are planned, and
+after which other streams' copies have their turn."""
+_FIRST_SHARE: Final = 8
+"""The first step is so much smaller, for the wire to have something to do soon."""
 
 
 def mark(stream: Any) -> Any:
@@ -119,8 +120,9 @@ class CopyEngine:
             stream.wait_event(after)
         steps = []
         regions = self._layout.regions
-        region_bytes = max(1, rows.ids.size * self._layout.block_bytes // len(regions))
-        edges = range(max(1, _FIRST_STEP_BYTES // region_bytes), len(regions), max(1, _STEP_BYTES // region_bytes))
+        num_copies = max(1, rows.ids.size)
+        a_step = min(_STEP_COPIES / num_copies, _STEP_BYTES * len(regions) / (num_copies * self._layout.block_bytes))
+        edges = range(max(1, int(a_step / _FIRST_SHARE)), len(regions), max(1, int(a_step)))
         try:
             for which in itertools.starmap(slice, itertools.pairwise([0, *edges, len(regions)])):
                 copier.copy(plan_copies(rows, self._strides, direction, which), direction)

@@ -38,6 +38,8 @@ _PIECES_AHEAD: Final = 4
 _STAGE_BYTES: Final = 16 << 20
 _BATCH_WITH_FAIL_INDEX: Final = 12_080
 _BATCH_WITHOUT_FAIL_INDEX: Final = 13_000
+_BATCH_COPIES: Final = 1024
+"""Of one call, all of which are submitted, at about a microsecond each, before the device begins with the first."""
 _DEVICE, _HOST = 1, 2
 """cudaMemLocationType."""
 _IN_STREAM_ORDER, _ANY_ORDER = 1, 3
@@ -105,12 +107,11 @@ class Runtime:
         self.call("cudaHostUnregister", ctypes.c_void_p(address))
 
     def copy(self, plan: Plan, direction: Direction, stream: Any) -> None:
-        """Enqueue copies between the device and pinned memory: in one call where the runtime has one."""
-        if len(plan.sizes) == 0:
-            return
+        """Enqueue copies between the device and pinned memory: many in one call where the runtime has such a call."""
         if self._can_batch:
             try:
-                self._copy_batch(plan, direction, stream)
+                for first in range(0, len(plan.sizes), _BATCH_COPIES):
+                    self._copy_batch(plan.only(slice(first, first + _BATCH_COPIES)), direction, stream)
             except (CudaError, AttributeError) as error:
                 self._can_batch = False
                 self._log.warn("batch", "copies are submitted one by one, which is slower: %s", error)
@@ -260,7 +261,7 @@ class CudaCopier:
         plan = self._pieces.cut(plan, host)
         host = plan.sources if direction is Direction.TO_POOL else plan.destinations
         pinned = self._pieces.split(host)
-        direct, staged = plan.only(pinned), plan.only(~pinned)
+        direct, staged = (plan, None) if pinned.all() else (plan.only(pinned), plan.only(~pinned))
         if has_small_pages:
             self._tune_once()
         if not (
@@ -268,7 +269,7 @@ class CudaCopier:
             or (direction is Direction.TO_POOL and self._runs.copy(direct, stream))
         ):
             self._runtime.copy(direct, direction, stream)
-        if len(staged.sizes):
+        if staged is not None:
             with self._lock, torch.cuda.stream(stream):
                 self._copy_staged(staged, direction, stream)
 

@@ -62,6 +62,8 @@ class RunLoads:
         self._buffer: int | None = None
         self._placed: list[Any] = []
         """Events by half of the buffer: it is free again."""
+        self._seen: Any = None
+        """An event of the other stream: the last piece was sent."""
         self._works = True
         self._log = OnceLog(logger)
         self._lock = threading.Lock()
@@ -92,8 +94,8 @@ class RunLoads:
         runs = self._cut(Plan(plan.sources, places, plan.sizes).joined())  # The halves do not touch: none is of both.
         run_starts = (np.cumsum(runs.sizes) - runs.sizes).astype(np.int64)
         run_heads = [*np.searchsorted(run_starts, starts[heads[:-1]]).tolist(), len(run_starts)]
-        for event in self._placed:
-            self._wire.wait_event(event)  # The moment in which the copy engine has nothing to do.
+        if self._seen is not None:
+            self._wire.wait_event(self._seen)  # The moment in which the copy engine has nothing to do.
         with self._pages.listed(Plan(places, plan.destinations, plan.sizes), stream) as place:
             bounds = zip(itertools.pairwise(run_heads), itertools.pairwise(heads.tolist()), strict=True)
             for piece, (of_runs, of_pages) in enumerate(bounds):
@@ -102,6 +104,7 @@ class RunLoads:
                     self._wire.wait_event(event)
                 self._send(runs.only(slice(*of_runs)), self._wire)
                 stream.wait_event(self._wire.record_event())
+                self._seen = stream.record_event()
                 place(*of_pages)
                 self._placed[half : half + 1] = [stream.record_event()]
 

@@ -28,7 +28,6 @@ LARGEST_IN_DOUBT_BYTES: Final = 64 << 10
 """From here on copy engines keep up, and leave the processors alone."""
 _PROGRAMS: Final = (32, 64, 128)
 _SAMPLE_BYTES: Final = 96 << 20
-_STEP_COPIES: Final = 512
 _ROUNDS: Final = 5
 _FOLDER: Final = Path("~/.cache/kvferry")
 
@@ -68,8 +67,7 @@ def _measure(device: torch.device, kernel: PageKernel, engines: Submit) -> Tunin
             stream.synchronize()
             started = time.perf_counter()
             if not kernel.copy(plan, stream, tuning):
-                for first in range(0, len(plan.sizes), _STEP_COPIES):
-                    engines(plan.only(slice(first, first + _STEP_COPIES)), Direction.TO_POOL, stream)
+                engines(plan, Direction.TO_POOL, stream)
             stream.synchronize()
             best = min(best, time.perf_counter() - started)
         return best

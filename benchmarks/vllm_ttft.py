@@ -17,6 +17,8 @@ import contextlib
 import importlib.util
 import json
 import random
+import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -83,7 +85,12 @@ def parse() -> argparse.Namespace:
     option("--batch-new", type=some, default=256, help="tokens that each of them generates")
     option("--outside-gb", type=at_least(0.001, float), default=20.0, help="memory of each connector")
     option("--settle", type=at_least(0, float), default=1.0, help="seconds that saves have after each turn")
-    option("--timeout", type=at_least(1, float), default=120.0, help="seconds after which a mode is given up")
+    option(
+        "--timeout",
+        type=at_least(1, float),
+        default=120.0,
+        help="seconds after which a mode that has started is given up",
+    )
     option("--json", type=Path, help="also write the figures here")
     option("--plot", type=Path, help="also draw the times to first token here; needs matplotlib")
     given = parser.parse_args()
@@ -105,6 +112,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     given = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing measured is lost
     if importlib.util.find_spec("vllm") is None:
         print("needs vLLM beside kvferry: see docs/vllm.md")
         return
@@ -124,10 +132,10 @@ def main() -> None:
                 print(f"left out: {error}", flush=True)
         measure_all(modes, given, figures)
     finally:
-        for mode in modes:
-            mode.close()
         if given.json is not None:
             given.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        for mode in modes:
+            mode.close()
     if given.plot is not None:
         plot(figures, given.plot)
 

@@ -15,10 +15,10 @@ SHAPE = EngineShape("small", 8 * BLOCK, 12 * BLOCK, BLOCK, 0.3, 0.2)
 
 @pytest.fixture(scope="module")
 def modes() -> Iterator[list[Mode]]:
-    """kvferry and a connector that loads nothing of what it says it has."""
+    """kvferry and a connector that loads nothing of what it says it has. To start they may need longer than to answer."""
     with pytest.MonkeyPatch.context() as patch, ExitStack() as ending:
         patch.setenv("KVFERRY_LOAD_WHEN", "always")
-        yield [ending.enter_context(closing(Mode(name, SHAPE, 300.0))) for name in ("kvferry", "liar")]
+        yield [ending.enter_context(closing(Mode(name, SHAPE, 20.0))) for name in ("kvferry", "liar")]
 
 
 def test_who_loads_nothing_is_called_out(modes: list[Mode]) -> None:

@@ -63,7 +63,7 @@ LIKELIEST = 3
 its passes have other shapes than a cold run's; it does not bring in a token from behind the third."""
 
 _WORKER = "kvferry.testing.vllm_worker"
-_END_SECONDS = 30.0
+_START_SECONDS, _END_SECONDS = 300.0, 30.0
 Prompt = dict[str, list[int]]
 Round = dict[str, dict[str, Any]]
 """By mode: seconds by their names, `hit_tokens`, and of one prompt `is_same`."""
@@ -217,7 +217,7 @@ class Mode:
         self._process.start()
         theirs.close()
         try:
-            self.start_seconds: float = self._answer()
+            self.start_seconds: float = self._answer(_START_SECONDS)
         except EngineGoneError:
             self.close()
             raise
@@ -250,15 +250,15 @@ class Mode:
             self._pipe.send((prompts, num_tokens))
         except OSError as error:
             raise EngineGoneError(self, "it has ended") from error
-        return self._answer()
+        return self._answer(self._timeout_seconds)
 
-    def _answer(self) -> Any:
+    def _answer(self, timeout_seconds: float) -> Any:
         try:
-            if self._pipe.poll(self._timeout_seconds):
+            if self._pipe.poll(timeout_seconds):
                 return self._pipe.recv()
         except (EOFError, OSError) as error:
             raise EngineGoneError(self, "it has ended") from error
-        raise EngineGoneError(self, f"no answer within {self._timeout_seconds} s")
+        raise EngineGoneError(self, f"no answer within {timeout_seconds} s")
 
 
 def take_turns(modes: list[Mode], prompts: list[Prompt], num_tokens: int, settle: float) -> dict[str, Turn]:
@@ -300,7 +300,9 @@ def repeat(modes: list[Mode], num_rounds: int, measure: Callable[[], Round], rou
     """Add so many rounds. An engine that is gone is left out of `modes`, by which is measured, from then on."""
     while modes and len(rounds) < num_rounds:
         try:
+            start = time.perf_counter()
             rounds.append(measure())
+            print(f"  round {len(rounds)} of {num_rounds}: {time.perf_counter() - start:.1f} s", flush=True)
         except EngineGoneError as error:
             print(f"left out: {error}", flush=True)
             modes.remove(error.mode)

@@ -15,7 +15,7 @@ SHAPE = EngineShape("small", 8 * BLOCK, 12 * BLOCK, BLOCK, 0.3, 0.2)
 
 @pytest.fixture(scope="module")
 def modes() -> Iterator[list[Mode]]:
-    """kvferry and a connector that loads nothing of what it says it has. To start they may need longer than to answer."""
+    """kvferry and a connector that loads nothing of what it says it has. To start may take them longer."""
     with pytest.MonkeyPatch.context() as patch, ExitStack() as ending:
         patch.setenv("KVFERRY_LOAD_WHEN", "always")
         yield [ending.enter_context(closing(Mode(name, SHAPE, 20.0))) for name in ("kvferry", "liar")]

@@ -44,7 +44,9 @@ def plot(figures: dict[str, list[Round]], path: Path) -> None:
             bars = axes.bar([place + 0.27 * at for place in range(len(modes))], heights, 0.25, label=name)
             axes.bar_label(bars, fmt="%.0f", fontsize=7)
         axes.set(title=f"{int(length):,} tokens", ylabel="time to first token, ms")
-        axes.set_xticks([place + 0.27 for place in range(len(modes))], modes)
+        is_same = {mode: all(of[mode]["is_same"] for of in figures[length] if mode in of) for mode in modes}
+        labels = [mode if is_same[mode] else f"{mode}\n(other tokens)" for mode in modes]
+        axes.set_xticks([place + 0.27 for place in range(len(modes))], labels)
     if lengths:
         picture.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(TIMES))
     picture.savefig(path, dpi=150)

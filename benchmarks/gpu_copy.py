@@ -106,6 +106,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("needs a CUDA device")
+        return
     rows = measure(int(arguments.gb * 2**30), arguments.rounds)
     print(f"{torch.cuda.get_device_name()}; GB/s, and of a plain pinned copy (both: of the slower way alone)")
     for row in rows:

@@ -11,7 +11,6 @@ import torch
 from kvferry.config import StoreOptions
 from kvferry.offload.metadata import CopyJob, PartCopy
 from kvferry.offload.mover import Mover
-from kvferry.offload.stores import RankArena
 from kvferry.store.store import Store
 from kvferry.testing.block_store import CHUNK_TOKENS, bytes_of, copy_in, full_geometry, keys_of, register
 from kvferry.transfer.layout import Layout, PoolSpec, read_pool_tensor
@@ -54,7 +53,7 @@ def load(tmp_path: Path, layout: Layout) -> Load:
     job = store.begin_load(GEOMETRY, KEYS, 0)
     assert job is not None
     parts = [PartCopy(0, part.slots, 0, list(range(4 * part.chunk, 4 * part.chunk + 4))) for part in job.parts]
-    mover = Mover(RankArena(store, store.mapping), [layout], CHUNK_TOKENS, 0)
+    mover = Mover(store, store.mapping, [layout], options, 0)
     return Load(mover, store, CopyJob(job.job_id, parts), b"".join(bytes_of(KEYS[of.chunk], of, 0) for of in job.parts))
 
 

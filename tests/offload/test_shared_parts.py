@@ -12,7 +12,6 @@ from kvferry.blocks import Geometry, GroupKind, GroupSpec, Job
 from kvferry.config import StoreOptions
 from kvferry.offload.metadata import CopyJob, PartCopy
 from kvferry.offload.mover import Mover
-from kvferry.offload.stores import RankArena
 from kvferry.store.store import Store
 from kvferry.testing.block_store import CHUNK_TOKENS, keys_of, register
 from kvferry.transfer.layout import Layout, PoolSpec, read_pool_tensor
@@ -32,7 +31,7 @@ class Rank:
             layout = read_pool_tensor(pool, SPEC, (0,))
             assert isinstance(layout, Layout)
             layouts.append(layout)
-        self.mover = Mover(RankArena(store, store.mapping), layouts, CHUNK_TOKENS, rank)
+        self.mover = Mover(store, store.mapping, layouts, StoreOptions(chunk_tokens=CHUNK_TOKENS), rank)
 
     def await_end(self, job_id: int) -> bool:
         while not (ended := self.mover.take_ended()):

@@ -22,8 +22,9 @@ from kvferry.integrations.vllm_layout import CacheGroup
 from kvferry.integrations.vllm_messages import FerryMetadata
 from kvferry.integrations.vllm_stores import Engine, open_for_worker
 from kvferry.offload.metadata import LoadEnd
-from kvferry.offload.mover import Mover
-from kvferry.offload.stores import RankArena
+from kvferry.offload.mover import ArenaFollower, Mover
+from kvferry.offload.stores import RankStore
+from kvferry.store.arena import Arena
 from kvferry.transfer.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ _EMPTY_STEP_SECONDS = 0.001
 sleep, and it would keep the interpreter from the threads that copy; elsewhere vLLM lets it sleep as long as this."""
 
 
-class WorkerHalf:
+class WorkerHalf(ArenaFollower):
     """One rank's jobs. Until there is a store, and the model has a name, loads fail and saves are not begun.
 
     writes_early: a step writes to blocks before it says that they were given to another request, so no copy may be
@@ -121,27 +122,10 @@ class WorkerHalf:
         self._names |= metadata.names
         self._finished.update(metadata.finished)
 
-    def _follow_arena(self) -> None:
-        """Copy to and from the newest arena: a cache server may have come, or have been started anew. Jobs that were
-        begun in another end as failed, as their slots are not in this one."""
-        if self._store is None or not (self._layouts and self._store.has_other_arena):
-            return
-        if self._mover is not None:
-            self._mover.close()
-            self._take_in(self._mover.take_ended())
-            self._mover = None
-        self._mover = Mover(
-            RankArena(self._store, self._store.take_arena()),
-            self._layouts,
-            self._options.chunk_tokens,
-            self._engine.rank,
-            frozenset(
-                index
-                for index, group in enumerate(self._groups)
-                if self._writes_early or group.kind is not GroupKind.FULL
-            ),
-            ready_seconds=self._options.load_deadline_seconds,
-        )
+    def _make_mover(self, store: RankStore, arena: Arena) -> Mover:
+        groups = enumerate(self._groups)
+        passing = frozenset(at for at, group in groups if self._writes_early or group.kind is not GroupKind.FULL)
+        return Mover(store, arena, self._layouts, self._options, self._engine.rank, passing)
 
     def release_preempted(self, metadata: FerryMetadata, stream: Any) -> None:
         """Before a step writes to blocks of requests that were preempted: wait for copies out of them. Before it copies

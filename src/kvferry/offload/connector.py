@@ -21,11 +21,12 @@ from kvferry.connector.layout import KvCacheLayout
 from kvferry.errors import ConfigError
 from kvferry.observability.log import set_level
 from kvferry.offload.identity import PoolGroup, check_chunk_tokens, identity, make_geometry
-from kvferry.offload.metadata import CopyJob, LoadEnd, PassMetadata, RequestJob
-from kvferry.offload.mover import Mover
+from kvferry.offload.metadata import LoadEnd, PassMetadata, RequestJob
+from kvferry.offload.mover import ArenaFollower, Mover
 from kvferry.offload.planner import Planner
 from kvferry.offload.pools import read_group, read_pool
-from kvferry.offload.stores import RankArena, open_for_rank, open_for_scheduler
+from kvferry.offload.stores import RankStore, open_for_rank, open_for_scheduler
+from kvferry.store.arena import Arena
 from kvferry.transfer.layout import Layout, UnknownLayout
 
 if TYPE_CHECKING:
@@ -61,14 +62,8 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
         self._load_ends = _load_ends(llm_args.engine_id)
 
     def wait_for_initialization(self) -> None:
-        geometry = self._store.geometry(self._llm_args.engine_id) if self._store is not None else None
-        if self._store is not None and geometry is not None:
-            self._planner = Planner(
-                self._store,
-                geometry,
-                self._llm_args.kv_cache_config.tokens_per_block,
-                self._options,
-            )
+        if self._store is not None and (geometry := self._store.geometry(self._llm_args.engine_id)) is not None:
+            self._planner = Planner(self._store, geometry, self._llm_args.tokens_per_block, self._options)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         if self._planner is None:
@@ -119,7 +114,7 @@ class KVFerryConnectorScheduler(KvCacheConnectorScheduler):
         self._close_store()
 
 
-class KVFerryConnectorWorker(KvCacheConnectorWorker):
+class KVFerryConnectorWorker(ArenaFollower, KvCacheConnectorWorker):
     """The worker half, one per rank. Does nothing if the store, the layout or the model's identity is missing."""
 
     def __init__(self, llm_args: LlmArgs) -> None:
@@ -151,13 +146,11 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
     def register_kv_cache_layout(self, layout: KvCacheLayout) -> None:
         """ConfigError: the arena is too small for one chunk."""
         chunk_tokens = self._options.chunk_tokens
-        read = [read_group(self._llm_args, group, at, chunk_tokens) for at, group in enumerate(layout.groups)]
-        self._register(
-            [
-                (group.kind, group.layer_ids, group.window_size, of)
-                for group, of in zip(layout.groups, read, strict=True)
-            ]
-        )
+        pools = [
+            (group.kind, group.layer_ids, group.window_size, read_group(self._llm_args, group, at, chunk_tokens))
+            for at, group in enumerate(layout.groups)
+        ]
+        self._register(pools)
 
     def _register(self, pools: Sequence[tuple[GroupKind, tuple[int, ...], int | None, Layout | UnknownLayout]]) -> None:
         if self._store is None:
@@ -186,28 +179,14 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
             self.shutdown()
             raise
         self._layouts = layouts
-        passing = (index for index, group in enumerate(groups) if group.kind is not GroupKind.FULL)
-        self._passing_groups = frozenset(passing)
+        self._passing_groups = frozenset(at for at, group in enumerate(groups) if group.kind is not GroupKind.FULL)
         self._follow_arena()
 
-    def _follow_arena(self) -> None:
-        """Copy to and from the newest arena: a cache server may have come, or have been started anew. Jobs that were
-        begun in another end as failed, as their slots are not in this one."""
-        if self._store is None or not (self._layouts and self._store.has_other_arena):
-            return
-        if self._mover is not None:
-            self._mover.close()
-            self._beside.take_in(self._mover.take_ended())
-            self._mover = None
-        arena = self._store.take_arena()
-        self._mover = Mover(
-            RankArena(self._store, arena),
-            self._layouts,
-            self._options.chunk_tokens,
-            self._llm_args.rank,
-            self._passing_groups,
-            ready_seconds=self._options.load_deadline_seconds,
-        )
+    def _make_mover(self, store: RankStore, arena: Arena) -> Mover:
+        return Mover(store, arena, self._layouts, self._options, self._llm_args.rank, self._passing_groups)
+
+    def _take_in(self, ended: Mapping[int, bool]) -> None:
+        self._beside.take_in(ended)
 
     def bind_connector_meta(self, metadata: object) -> None:
         """The pass before may have broken off: what it left is given up before the next begins."""
@@ -251,16 +230,16 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
             self._stores = [store for store in self._stores if store.request_id in self._failed]
             self._beside.saves.update((store.job.job_id, store.request_id) for store in kept)
             self._mover.save([store.job for store in kept], stream)
-        self._give_up_stores()
+        self._give_up(self._stores)
         self._clear_connector_meta()
 
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
     ) -> tuple[list[int], list[int]]:
         """A load that was offered but never came here, as its pass broke off, has failed."""
-        self._give_up_async_loads()
+        self._give_up(self._async_loads)
         if self._mover is not None:
-            self._beside.take_in(self._mover.take_ended())
+            self._take_in(self._mover.take_ended())
             self._load_ends.extend(self._mover.take_load_ends())
         saved, loaded, failed = self._beside.report(finished_gen_req_ids, started_loading_req_ids)
         self._unreported.update(failed)
@@ -286,37 +265,27 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):
         """Wait for the pass's loads; those that were never begun have failed."""
         if not (self._loads or self._loading):
             return
-        loads, self._loads = self._loads, []
         loading, self._loading = self._loading, {}
-        for load in loads:
-            self._give_up(load.job)
-        failed = {load.request_id for load in loads}
+        failed = {load.request_id for load in self._loads}
+        self._give_up(self._loads)
         if self._mover is not None:
             failed |= {loading[job_id] for job_id in self._mover.end_loads()}
         self._failed |= failed
         self._unreported |= failed
 
-    def _give_up_async_loads(self) -> None:
-        """End the loads that a pass should have begun. What is not in `_beside` is reported as failed once offered."""
-        loads, self._async_loads = self._async_loads, []
-        for load in loads:
-            self._give_up(load.job)
-
-    def _give_up_stores(self) -> None:
-        stores, self._stores = self._stores, []
-        for store in stores:
-            self._give_up(store.job)
-
-    def _give_up(self, job: CopyJob) -> None:
-        """End a job without copying: its blocks hold nothing worth keeping, or nobody waits for them any more."""
+    def _give_up(self, orders: list[RequestJob]) -> None:
+        """End jobs without copying: their blocks hold nothing worth keeping, or nobody waits for them any more. An
+        asynchronous load, which is not in `_beside` then, is reported as failed once offered."""
         if self._store is not None:
-            self._store.done(job.job_id, self._llm_args.rank, False)
+            for order in orders:
+                self._store.done(order.job.job_id, self._llm_args.rank, False)
+        orders.clear()
 
     def _give_up_pass(self) -> None:
         """End the jobs of a pass that never came to its end."""
         self._end_loads()
-        self._give_up_async_loads()
-        self._give_up_stores()
+        self._give_up(self._async_loads)
+        self._give_up(self._stores)
 
 
 class _Beside:

@@ -13,14 +13,16 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from kvferry.blocks import Slot
+from kvferry.config import StoreOptions
 from kvferry.observability.metrics import Meter
 from kvferry.offload.background import Background, Readiness, Task
 from kvferry.offload.metadata import CopyJob, LoadEnd, PartCopy
+from kvferry.offload.stores import RankStore
 from kvferry.store.arena import COMMITTED, Arena, SlotLock
 from kvferry.transfer.copy import Copier, Copy, CopyEngine, mark
 from kvferry.transfer.layout import Layout
@@ -52,29 +54,11 @@ class PassEnd:
         time.sleep(max(0.0, self._until - time.monotonic()))
 
 
-class JobEnds(Protocol):
-    """What a mover needs of a `BlockStore`, which may be in another process."""
-
-    def done(self, job_id: int, rank: int, ok: bool) -> None: ...
-
-    def is_alive(self) -> bool: ...
-
-
-class ArenaStore(Protocol):
-    """A store and this process's mapping of its arena."""
-
-    @property
-    def store(self) -> JobEnds: ...
-
-    @property
-    def arena(self) -> Arena: ...
-
-
 class Mover:
     """One rank's copies between the arena and its pools, one a group.
 
-    passing_groups: those whose blocks the engine takes back while their request runs, so that they are saved within the
-    pass. ready_seconds: how long a load waits for lower tiers.
+    arena: this process's mapping of the store's. passing_groups: those whose blocks the engine takes back while their
+    request runs, so that they are saved within the pass. From `options` it takes what they say of chunks and waits.
 
     Every job that is given here ends with one `done`: ok only if all its bytes were copied while all its slots were
     still its own, which they are from its first copy to its last (`Arena.begin_reading`, `begin_writing`).
@@ -82,21 +66,21 @@ class Mover:
 
     def __init__(
         self,
-        store: ArenaStore,
+        store: RankStore,
+        arena: Arena,
         layouts: Sequence[Layout],
-        chunk_tokens: int,
+        options: StoreOptions,
         rank: int,
         passing_groups: frozenset[int] = frozenset(),
-        ready_seconds: float = 2.0,
     ) -> None:
         self.meter = Meter()
-        self._store = store.store
-        self._arena = store.arena
-        self._copier = Copier(layouts[0].device, self._arena.buffer)
-        self._engines = [CopyEngine(of, self._copier, of.blocks_per_part(chunk_tokens)) for of in layouts]
+        self._store = store
+        self._arena = arena
+        self._copier = Copier(layouts[0].device, arena.buffer)
+        self._engines = [CopyEngine(of, self._copier, of.blocks_per_part(options.chunk_tokens)) for of in layouts]
         self._rank = rank
         self._passing_groups = passing_groups
-        self._ready_seconds = ready_seconds
+        self._ready_seconds = options.load_deadline_seconds
         self._loads = Background(f"kvferry-loads-{rank}")
         self._saves = Background(f"kvferry-saves-{rank}")
         self._groups = frozenset(range(len(layouts)))
@@ -294,3 +278,29 @@ class Mover:
             return False
         self._locks[job.job_id] = lock
         return True
+
+
+class ArenaFollower:
+    """What worker halves have in common: a mover, once there are layouts and an arena, and always of the newest one."""
+
+    _store: RankStore | None
+    _layouts: Sequence[Layout]
+    _mover: Mover | None
+
+    def _make_mover(self, store: RankStore, arena: Arena) -> Mover:
+        raise NotImplementedError
+
+    def _take_in(self, ended: Mapping[int, bool]) -> None:
+        """Jobs beside the passes that ended, and whether well."""
+        raise NotImplementedError
+
+    def _follow_arena(self) -> None:
+        """Copy to and from the newest arena: a cache server may have come, or have been started anew. Jobs that were
+        begun in another end as failed, as their slots are not in this one."""
+        if self._store is None or not (self._layouts and self._store.has_other_arena):
+            return
+        if self._mover is not None:
+            self._mover.close()
+            self._take_in(self._mover.take_ended())
+            self._mover = None
+        self._mover = self._make_mover(self._store, self._store.take_arena())

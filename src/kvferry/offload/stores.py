@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
@@ -49,14 +48,6 @@ class RankStore(Protocol):
 
     def take_arena(self) -> Arena:
         """The newest arena."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankArena:
-    """A worker half's store and one mapping of its arena."""
-
-    store: RankStore
-    arena: Arena
 
 
 class _EmbeddedRank:

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -216,12 +215,13 @@ class KvCacheConnectorManager:
         assert self.scheduler is not None
         scheduler, request_id = self.scheduler, request.request_id
 
-        def tell() -> bool:
-            scheduler.update_state_after_alloc_by_layer_group(request, [list(ids) for ids in block_ids])
-            return True
-
-        told = self._call("update_state_after_alloc", tell, request_id)
-        if told is None or decision.num_tokens == 0:
+        lists = [list(ids) for ids in block_ids]
+        is_told = self._succeeds(
+            "update_state_after_alloc",
+            lambda: scheduler.update_state_after_alloc_by_layer_group(request, lists),
+            request_id,
+        )
+        if not is_told or decision.num_tokens == 0:
             return False
         if decision.is_async:
             self._loading.open(request_id)
@@ -308,13 +308,10 @@ class KvCacheConnectorManager:
     def _report(self, new_saving: list[int], new_loading: list[int]) -> _Report:
         def ask() -> tuple[list[int], list[int]]:
             saved, loaded = self.worker.get_finished(new_saving, new_loading)
-            return [int(request_id) for request_id in saved], [int(request_id) for request_id in loaded]
-
-        def ask_failed() -> list[int]:
-            return [int(request_id) for request_id in self.worker.take_failed_loads()]
+            return [*map(int, saved)], [*map(int, loaded)]
 
         saved, loaded = self._call("get_finished", ask) or ([], [])
-        failed = self._call("take_failed_loads", ask_failed) or []
+        failed = self._call("take_failed_loads", lambda: [*map(int, self.worker.take_failed_loads())]) or []
         errors, self._untold_errors = self._untold_errors, {}
         return _Report(saved, loaded, failed, self._pass_broken, errors)
 
@@ -351,28 +348,23 @@ class KvCacheConnectorManager:
 
     def _call(self, hook: str, call: Callable[[], T], request_id: int | None = None) -> T | None:
         """The hook's answer, or None if it raised. Raising and dawdling are counted and logged."""
+        started = self._clock()
         try:
-            with self._timed(hook, request_id):
-                return call()
+            answer = call()
         except Exception as error:  # noqa: BLE001 - the hook boundary
             self.complain(hook, repr(error), request_id)
             return None
+        if (seconds := self._clock() - started) > SLOW_HOOK_SECONDS:
+            self.complain(hook, f"held the engine up for {seconds:.1f} s", request_id)
+        return answer
+
+    def _succeeds(self, hook: str, call: Callable[[], object], request_id: int | None = None) -> bool:
+        """The same of a hook whose answer is nothing: whether it did not raise."""
+        return self._call(hook, lambda: (call(),), request_id) is not None
 
     def _guard_load(self, hook: str, call: Callable[[], object]) -> None:
         """Call a hook that this pass's loads depend on: if it raises, they are failed."""
-        try:
-            with self._timed(hook):
-                call()
-        except Exception as error:  # noqa: BLE001 - the hook boundary
-            self.complain(hook, repr(error))
-            self._pass_broken = True
-
-    @contextmanager
-    def _timed(self, hook: str, request_id: int | None = None) -> Iterator[None]:
-        started = self._clock()
-        yield
-        if (seconds := self._clock() - started) > SLOW_HOOK_SECONDS:
-            self.complain(hook, f"held the engine up for {seconds:.1f} s", request_id)
+        self._pass_broken |= not self._succeeds(hook, call)
 
     def complain(self, hook: str, what: str, request_id: int | None = None) -> None:
         """Count what a hook did wrong; log it once per hook and request, in the connector's name."""

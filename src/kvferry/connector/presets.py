@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -49,14 +49,11 @@ class ConnectorClasses:
     worker: type[Any]
 
 
+_KVFERRY = Preset("kvferry.offload.connector", "KVFerryConnectorScheduler", "KVFerryConnectorWorker")
+
 _presets = {
-    "kvferry": Preset("kvferry.offload.connector", "KVFerryConnectorScheduler", "KVFerryConnectorWorker"),
-    "kvferry-server": Preset(
-        "kvferry.offload.connector",
-        "KVFerryConnectorScheduler",
-        "KVFerryConnectorWorker",
-        server_url=ServerUrl.OPTIONAL,
-    ),
+    "kvferry": _KVFERRY,
+    "kvferry-server": replace(_KVFERRY, server_url=ServerUrl.OPTIONAL),
     "persistent": Preset("kvferry.connector.persistent", "PersistentConnectorScheduler", "PersistentConnectorWorker"),
     "lmcache": Preset(
         "lmcache.integration.tensorrt_llm.tensorrt_adapter",

@@ -24,12 +24,7 @@ from kvferry.errors import ConnectorProtocolError
 
 _INT64 = 1 << 63
 _SCALARS = {type(None), bool, float, str, bytes}
-_CONTAINERS: dict[str, Callable[[Iterable[Any]], Any]] = {
-    "list": list,
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-}
+_CONTAINERS: dict[str, Callable[[Iterable[Any]], Any]] = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
 
 
 def encode(value: object) -> bytes:

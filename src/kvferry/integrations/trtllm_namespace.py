@@ -16,6 +16,12 @@ from types import ModuleType
 
 ROOT = "tensorrt_llm"
 
+
+def _own(module: str, *names: str) -> dict[str, str]:
+    """Names that a module of ours has as well."""
+    return {name: f"kvferry.{module}:{name}" for name in names}
+
+
 _RANKS = {
     "mpi_rank": "kvferry.engine.collective:world_rank",
     "mpi_world_size": "kvferry.engine.collective:world_size",
@@ -27,30 +33,21 @@ _ARGUMENTS = {
     "KvCacheConnectorConfig": "kvferry.config:KvCacheConnectorConfig",
     "TorchLlmArgs": "kvferry.connector.config:LlmArgs",
 }
-_ENGINE = {
-    "LLM": "kvferry.integrations.trtllm_llm:LLM",
-    "SamplingParams": "kvferry.engine.sampling:SamplingParams",
-}
-_OUTPUTS = {
-    "CompletionOutput": "kvferry.engine.outputs:CompletionOutput",
-    "RequestOutput": "kvferry.engine.outputs:RequestOutput",
-}
-_LOGGER = {"logger": "kvferry.integrations.trtllm_shapes:logger"}
+_SAMPLING = _own("engine.sampling", "SamplingParams")
+_ENGINE = {**_own("integrations.trtllm_llm", "LLM"), **_SAMPLING}
+_OUTPUTS = _own("engine.outputs", "CompletionOutput", "RequestOutput")
+_LOGGER = _own("integrations.trtllm_shapes", "logger")
 _REQUEST = {"LlmRequest": "kvferry.engine.sequence:Sequence"}
 _STATE = {"LlmRequestState": "kvferry.connector.api:RequestState"}
-_CONNECTOR = {
-    "KvCacheConnectorScheduler": "kvferry.connector.api:KvCacheConnectorScheduler",
-    "KvCacheConnectorWorker": "kvferry.connector.api:KvCacheConnectorWorker",
-    "RequestData": "kvferry.connector.api:RequestData",
-    "SchedulerOutput": "kvferry.connector.api:SchedulerOutput",
-    **_REQUEST,
-}
+_HALVES = _own("connector.api", "KvCacheConnectorScheduler", "KvCacheConnectorWorker")
+_CONNECTOR = {**_HALVES, **_own("connector.api", "RequestData", "SchedulerOutput"), **_REQUEST}
+_LAYOUT = ("KvCacheBufferRef", "KvCacheLayerGroupLayout", "KvCacheLayout", "KvCacheRegion", "valid_page_slots")
 
 NAMES: dict[str, dict[str, str]] = {
     "tensorrt_llm": {**_ENGINE, **_LOGGER, **_RANKS, "__version__": "kvferry.integrations.trtllm_shapes:VERSION"},
     "tensorrt_llm.llmapi": {**_ENGINE, **_OUTPUTS, **_ARGUMENTS},
     "tensorrt_llm.llmapi.llm_args": _ARGUMENTS,
-    "tensorrt_llm.sampling_params": {"SamplingParams": _ENGINE["SamplingParams"]},
+    "tensorrt_llm.sampling_params": _SAMPLING,
     "tensorrt_llm.logger": _LOGGER,
     "tensorrt_llm._utils": {**_RANKS, "mpi_allgather": "kvferry.engine.collective:allgather"},
     "tensorrt_llm.bindings": _STATE,
@@ -62,22 +59,12 @@ NAMES: dict[str, dict[str, str]] = {
     "tensorrt_llm._torch": {},
     "tensorrt_llm._torch.pyexecutor": {},
     "tensorrt_llm._torch.pyexecutor.llm_request": {**_REQUEST, **_STATE},
-    "tensorrt_llm._torch.pyexecutor.scheduler": {
-        "ScheduledRequests": "kvferry.integrations.trtllm_shapes:ScheduledRequests",
-    },
+    "tensorrt_llm._torch.pyexecutor.scheduler": _own("integrations.trtllm_shapes", "ScheduledRequests"),
     "tensorrt_llm._torch.pyexecutor.kv_cache_connector": _CONNECTOR,
     "tensorrt_llm._torch.pyexecutor.connectors": {},
     "tensorrt_llm._torch.pyexecutor.connectors.kv_cache_connector": _CONNECTOR,
-    "tensorrt_llm._torch.pyexecutor.connectors.kv_cache_layout": {
-        "KvCacheBufferRef": "kvferry.connector.layout:KvCacheBufferRef",
-        "KvCacheLayerGroupLayout": "kvferry.connector.layout:KvCacheLayerGroupLayout",
-        "KvCacheLayout": "kvferry.connector.layout:KvCacheLayout",
-        "KvCacheRegion": "kvferry.connector.layout:KvCacheRegion",
-        "valid_page_slots": "kvferry.connector.layout:valid_page_slots",
-    },
-    "tensorrt_llm._torch.pyexecutor.connectors.registry": {
-        "CONNECTOR_REGISTRY": "kvferry.integrations.trtllm_shapes:CONNECTOR_REGISTRY",
-    },
+    "tensorrt_llm._torch.pyexecutor.connectors.kv_cache_layout": _own("connector.layout", *_LAYOUT),
+    "tensorrt_llm._torch.pyexecutor.connectors.registry": _own("integrations.trtllm_shapes", "CONNECTOR_REGISTRY"),
 }
 """Module to name to where we have it, as "module:attribute"."""
 

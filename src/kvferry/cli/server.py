@@ -20,7 +20,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from dataclasses import fields
+from typing import Final, TypeVar
 
 from kvferry.config import StoreOptions, default_server_url, load_options
 from kvferry.errors import ConfigError, StoreError
@@ -29,17 +30,6 @@ _Made = TypeVar("_Made")
 
 _HANDOVER_SECONDS: Final = 0.8
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-_OPTIONS: Final = {
-    "l1_size_gb": "l1_size_gb",
-    "eviction_policy": "eviction_policy",
-    "chunk_size": "chunk_tokens",
-    "max_workers": "disk_threads",
-    "disk_path": "disk_path",
-    "disk_size_gb": "disk_size_gb",
-    "arena_dir": "arena_dir",
-    "log_level": "log_level",
-}
-"""Arguments, and the options of the store that they set."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--curve-clients", metavar="FILE", help="public keys of the only clients that may connect")
     parser.add_argument("--l1-size-gb", type=float, metavar="GB", help="size of the shared memory")
     parser.add_argument("--eviction-policy", choices=("lru", "s3fifo"), help="which chunks leave full memory first")
-    parser.add_argument("--chunk-size", type=int, metavar="TOKENS", help="tokens per chunk; engines must have the same")
-    parser.add_argument("--max-workers", type=int, metavar="N", help="threads that read and write the disk tier")
+    chunks, threads = "tokens per chunk; engines must have the same", "threads that read and write the disk tier"
+    parser.add_argument("--chunk-size", type=int, metavar="TOKENS", dest="chunk_tokens", help=chunks)
+    parser.add_argument("--max-workers", type=int, metavar="N", dest="disk_threads", help=threads)
     parser.add_argument("--disk-path", metavar="DIR", help="folder of the disk tier; default none")
     parser.add_argument("--disk-size-gb", type=float, metavar="GB", help="most that the disk tier may occupy")
     parser.add_argument("--arena-dir", metavar="DIR", help="folder of the shared memory; one server each")
@@ -81,8 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
     from kvferry.server.server import StoreServer
     from kvferry.store.assembly import open_store
 
-    given: dict[str, Any] = {option: getattr(arguments, name) for name, option in _OPTIONS.items()}
-    options = load_options({option: value for option, value in given.items() if value is not None})
+    names = {option.name for option in fields(StoreOptions)}  # Those of arguments that set an option are the same.
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    options = load_options({name: value for name, value in given.items() if value is not None})
     endpoint = Endpoint.parse(_url(arguments, options))
     has_keys = arguments.curve_secret is not None
     keys = ServerKeys.read(arguments.curve_secret, arguments.curve_clients) if has_keys else None

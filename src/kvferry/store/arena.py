@@ -390,11 +390,10 @@ class Arena:
         return self._units_at + unit * self.unit_bytes
 
     def _header_offset(self, payload: int) -> int | None:
-        unit = (payload - self._units_at) // self.unit_bytes
-        first = self._table[unit] if 0 <= unit < self.num_units else 0
-        if not 0 < first <= unit + 1:
+        first = self.slab_of(payload)
+        if first is None:
             return None
-        slab_at = self._units_at + (first - 1) * self.unit_bytes
+        slab_at = self.unit_offset(first)
         stride, num_slots, _, _, payloads_at = _SLAB_HEADER.unpack_from(self.buffer, slab_at)
         index, rest = divmod(payload - slab_at - payloads_at, stride) if stride else (0, 1)
         return slab_at + _HEADER_BYTES * (1 + index) if rest == 0 and 0 <= index < num_slots else None

@@ -24,7 +24,7 @@ import secrets
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -232,7 +232,8 @@ class DiskStore:
         try:
             try:
                 fields = _FIELDS.pack(_MAGIC, _FORMAT, len(view), len(name), name)
-                header = fields + _write_pieces(fd, view, xxh3_128(fields))
+                checksum = _move(view, xxh3_128(fields), lambda piece, at: os.pwrite(fd, piece, at))
+                header = fields + checksum
                 os.pwrite(fd, header.ljust(_HEADER_BYTES, b"\0"), 0)
             finally:
                 os.close(fd)
@@ -264,31 +265,20 @@ def _read(fd: int, name: PartName, view: memoryview) -> str | None:
         return "its length is not what its header says"
     if num_bytes != len(view):
         return _OTHER_LENGTH
-    if (
-        _read_pieces(fd, view, xxh3_128(header[: _FIELDS.size]))
-        != header[_FIELDS.size : _FIELDS.size + _CHECKSUM_BYTES]
-    ):
-        return "its checksum is wrong"
-    return None
+    fields, said = header[: _FIELDS.size], header[_FIELDS.size : _FIELDS.size + _CHECKSUM_BYTES]
+    checksum = _move(view, xxh3_128(fields), lambda piece, at: os.preadv(fd, [piece], at))
+    return None if checksum == said else "its checksum is wrong"
 
 
-def _write_pieces(fd: int, view: memoryview, checksum: xxh3_128) -> bytes:
+def _move(view: memoryview, checksum: xxh3_128, move: Callable[[memoryview, int], int]) -> bytes:
+    """Write or read all of `view`; `move` says how much of a piece it did. Returns the checksum."""
     at = 0
     while at < len(view):
-        num_written = os.pwrite(fd, view[at : at + _PIECE_BYTES], _HEADER_BYTES + at)
-        checksum.update(view[at : at + num_written])
-        at += num_written
-    return checksum.digest()
-
-
-def _read_pieces(fd: int, view: memoryview, checksum: xxh3_128) -> bytes:
-    at = 0
-    while at < len(view):
-        num_read = os.preadv(fd, [view[at : at + _PIECE_BYTES]], _HEADER_BYTES + at)
-        if not num_read:  # Cut off since its size was looked up: the checksum will differ.
+        num_bytes = move(view[at : at + _PIECE_BYTES], _HEADER_BYTES + at)
+        if not num_bytes:  # Cut off since its size was looked up: the checksum will differ.
             break
-        checksum.update(view[at : at + num_read])
-        at += num_read
+        checksum.update(view[at : at + num_bytes])
+        at += num_bytes
     return checksum.digest()
 
 

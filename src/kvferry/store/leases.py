@@ -122,14 +122,10 @@ class LeaseTable:
 
     def overdue(self, now: float) -> list[Lease]:
         """Leases whose tiers have not answered in time."""
-        if not self._waiting:
-            return []
         return [*itertools.takewhile(lambda lease: lease.ready_by <= now, self._waiting.values())]
 
     def expired(self, now: float) -> list[Lease]:
         """Leases whose deadline has come."""
-        if not self._leases:
-            return []
         return [*itertools.takewhile(lambda lease: lease.deadline <= now, self._leases.values())]
 
     def next_ready_by(self, owner: str) -> float | None:

@@ -7,11 +7,12 @@ kernel zero it, so that saving waits for neither.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -160,22 +161,25 @@ class UnitSupply:
     def _claim(self, unit: int) -> None:
         """Claim one unit, the lock released meanwhile."""
         self._units[unit] = _COMING
-        self._changed.release()
-        failure: OSError | None = None
         try:
-            self._arena.claim(unit)
+            with self._unlocked():
+                self._arena.claim(unit)
         except OSError as error:
-            failure = error
-        finally:
-            self._changed.acquire()
-            self._changed.notify_all()
-        if failure is None:
-            self._units[unit] = _THERE
-            self._cold.append(unit)
-        else:
             self._units[unit] = _TAKEN
             self._units = self._units.replace(bytes([_BARE]), bytes([_TAKEN]))
-            self._log.warn("full", "shared memory is full: the arena ends after %d units: %s", unit, failure)
+            self._log.warn("full", "shared memory is full: the arena ends after %d units: %s", unit, error)
+        else:
+            self._units[unit] = _THERE
+            self._cold.append(unit)
+        self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        self._changed.release()
+        try:
+            yield
+        finally:
+            self._changed.acquire()
 
     def _claim_ahead(self) -> None:
         with self._changed:
@@ -191,11 +195,8 @@ class UnitSupply:
     def _warm(self, unit: int) -> None:
         """Have one unit's pages zeroed, the lock released meanwhile, if nobody has begun to use them."""
         if self._units[unit] == _THERE:
-            self._changed.release()
-            try:
+            with self._unlocked():
                 self._arena.populate(unit)
-            finally:
-                self._changed.acquire()
 
 
 @dataclass(slots=True, eq=False)

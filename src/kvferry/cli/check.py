@@ -92,20 +92,15 @@ def _print_lists() -> None:
 def _config(arguments: argparse.Namespace, folder: str) -> KvCacheConnectorConfig:
     options = dict(_parse_option(text, folder) for text in arguments.option)
     module, colon, classes = arguments.connector.partition(":")
-    if not colon:
-        if (own := _OWN_FOLDER.get(module)) is not None:
-            options.setdefault(own, folder)
-        return KvCacheConnectorConfig(connector=module, server_url=arguments.server_url, options=options)
-    scheduler, _, worker = classes.partition(",")
-    if not (scheduler and worker):
-        raise ConfigError(f"{arguments.connector!r} is not MODULE:SCHEDULER,WORKER")
-    return KvCacheConnectorConfig(
-        connector_module=module,
-        connector_scheduler_class=scheduler,
-        connector_worker_class=worker,
-        server_url=arguments.server_url,
-        options=options,
-    )
+    names = {"connector": module}
+    if colon:
+        scheduler, _, worker = classes.partition(",")
+        if not (scheduler and worker):
+            raise ConfigError(f"{arguments.connector!r} is not MODULE:SCHEDULER,WORKER")
+        names = {"connector_module": module, "connector_scheduler_class": scheduler, "connector_worker_class": worker}
+    elif (own := _OWN_FOLDER.get(module)) is not None:
+        options.setdefault(own, folder)
+    return KvCacheConnectorConfig(**names, server_url=arguments.server_url, options=options)
 
 
 def _parse_option(text: str, folder: str) -> tuple[str, Any]:

@@ -14,18 +14,11 @@ from __future__ import annotations
 import argparse
 
 from kvferry.cli.columns import megabytes
-from kvferry.cli.connection import (
-    add_connection_arguments,
-    add_selection_arguments,
-    connect,
-    duration,
-    selection,
-)
+from kvferry.cli.connection import add_selection_arguments, connect, duration, selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which server, and which chunks."""
-    add_connection_arguments(parser)
     add_selection_arguments(parser)
     parser.add_argument("--older-than", type=duration, metavar="TIME", help="not used for so long: 90, 15m, 2h, 7d")
 

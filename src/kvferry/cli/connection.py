@@ -25,7 +25,8 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which chunks."""
+    """Which server, and which chunks."""
+    add_connection_arguments(parser)
     parser.add_argument("--model", metavar="NAME", help="of engines' models, or a tag that `kvferry ls` shows")
     parser.add_argument("--salt", help="the cache salt of requests")
     parser.add_argument("--tokens-file", metavar="FILE", help="a prompt, as a JSON list of token ids; takes --model")

@@ -13,19 +13,12 @@ from __future__ import annotations
 import argparse
 
 from kvferry.cli.columns import megabytes
-from kvferry.cli.connection import (
-    add_connection_arguments,
-    add_selection_arguments,
-    connect,
-    duration,
-    selection,
-)
+from kvferry.cli.connection import add_selection_arguments, connect, duration, selection
 from kvferry.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which server, which chunks, and for how long."""
-    add_connection_arguments(parser)
     add_selection_arguments(parser)
     parser.add_argument("--ttl", type=duration, default=3600.0, metavar="TIME", help="90, 15m, 2h, 7d (default 1h)")
 

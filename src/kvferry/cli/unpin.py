@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 
 from kvferry.cli.columns import megabytes
-from kvferry.cli.connection import add_connection_arguments, add_selection_arguments, connect, selection
+from kvferry.cli.connection import add_selection_arguments, connect, selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which server, and which chunks."""
-    add_connection_arguments(parser)
     add_selection_arguments(parser)
 
 

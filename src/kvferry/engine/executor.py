@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -56,11 +57,8 @@ class Executor:
         self.adapters.activate(batch.lora_id)
         paged = PagedBatch(batch, self._pool, hooks, self.stream)
         tokens = torch.tensor([[token for piece in batch.slices for token in piece.tokens]], device=self._device)
-        last_rows, row = [], 0
-        for piece in batch.slices:
-            row += len(piece.tokens)
-            if piece.draws:
-                last_rows.append(row - 1)
+        ends = itertools.accumulate(len(piece.tokens) for piece in batch.slices)
+        last_rows = [end - 1 for piece, end in zip(batch.slices, ends, strict=True) if piece.draws]
         output = self._model(
             input_ids=tokens,
             position_ids=paged.positions[None],

@@ -7,6 +7,7 @@ import itertools
 import os
 import uuid
 import weakref
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -35,6 +36,7 @@ from kvferry.engine.text import Detokenizer
 from kvferry.errors import RequestError
 
 Prompt = str | list[int]
+Sampling = SamplingParams | list[SamplingParams] | None
 
 
 class LLM:
@@ -75,6 +77,13 @@ class LLM:
         self._kv_cache_config = kv_cache_config or KvCacheConfig()
         if kv_connector_config is not None:
             resolve(kv_connector_config)
+        self._limits = Limits(
+            max_batch_size,
+            max_num_tokens,
+            enable_chunked_prefill,
+            max_loading_share=self._kv_cache_config.max_loading_share,
+            transfer_deadline_seconds=self._kv_cache_config.transfer_deadline_seconds,
+        )
         self._max_seq_len = max_seq_len
         self._plan = plan_first_rank(os.fspath(model), dtype, _find_device(device), tensor_parallel_size)
         self._ranks = Ranks(self._plan, rank_timeout_seconds) if tensor_parallel_size > 1 else None
@@ -82,7 +91,7 @@ class LLM:
         enter_world(collective)
         try:
             with acting_for(collective):
-                self._start(kv_connector_config, max_batch_size, max_num_tokens, enable_chunked_prefill)
+                self._start(kv_connector_config)
         except BaseException:
             if self._ranks is not None:
                 self._ranks.close(at_once=True)
@@ -90,27 +99,13 @@ class LLM:
         self._request_ids = itertools.count(1)
         weakref.finalize(self, self._core.shutdown)
 
-    def _start(
-        self,
-        connector_config: KvCacheConnectorConfig | None,
-        max_batch_size: int,
-        max_num_tokens: int,
-        enable_chunked_prefill: bool,
-    ) -> None:
+    def _start(self, connector_config: KvCacheConnectorConfig | None) -> None:
         plan, ranks, device = self._plan, self._ranks, torch.device(self._plan.device)
         self._loaded = load_model(plan.model, plan.dtype, device, ranks.group if ranks is not None else None)
         self.tokenizer = self._loaded.tokenizer
         self._max_positions = min(self._loaded.max_positions, self._max_seq_len or self._loaded.max_positions)
         check_windows(self._loaded.windows, self._kv_cache_config.max_attention_window, self._max_positions)
-        limits = Limits(
-            max_batch_size,
-            max_num_tokens,
-            enable_chunked_prefill,
-            self._loaded.stop_token_ids,
-            self._kv_cache_config.max_loading_share,
-            self._kv_cache_config.transfer_deadline_seconds,
-        )
-        self._limits = limits
+        self._limits = replace(self._limits, stop_token_ids=self._loaded.stop_token_ids)
         shape = part_of_kv(self._loaded, plan.num_ranks)
         num_blocks = self._find_num_blocks(shape, device)
         args = self._llm_args(connector_config) if connector_config is not None else None
@@ -132,7 +127,7 @@ class LLM:
             self._pool.tokens_per_block,
             enable_reuse=self._kv_cache_config.enable_block_reuse,
         )
-        self._scheduler = Scheduler(self._blocks, limits, manager)
+        self._scheduler = Scheduler(self._blocks, self._limits, manager)
         self._core = EngineCore(self._scheduler, self._executor, manager, ranks)
 
     def _find_num_blocks(self, shape: KvShape, device: torch.device) -> int:
@@ -192,25 +187,16 @@ class LLM:
 
     @overload
     def generate(
-        self,
-        prompts: Prompt,
-        sampling_params: SamplingParams | list[SamplingParams] | None = None,
-        lora_path: str | None = None,
+        self, prompts: Prompt, sampling_params: Sampling = None, lora_path: str | None = None
     ) -> RequestOutput: ...
 
     @overload
     def generate(
-        self,
-        prompts: list[str] | list[list[int]],
-        sampling_params: SamplingParams | list[SamplingParams] | None = None,
-        lora_path: str | None = None,
+        self, prompts: list[str] | list[list[int]], sampling_params: Sampling = None, lora_path: str | None = None
     ) -> list[RequestOutput]: ...
 
     def generate(
-        self,
-        prompts: Any,
-        sampling_params: SamplingParams | list[SamplingParams] | None = None,
-        lora_path: str | None = None,
+        self, prompts: Any, sampling_params: Sampling = None, lora_path: str | None = None
     ) -> RequestOutput | list[RequestOutput]:
         """Generate for one prompt (a string or a list of token ids) or for a list of them, and wait.
 

@@ -172,6 +172,7 @@ class Scheduler:
         """Put a sequence's share of the pass into the connector's terms, saying only what it does not know yet."""
         is_new = sequence.num_told_tokens == 0
         new_block_ids = [of_group[sequence.num_told_blocks :] for of_group in sequence.block_ids]
+        priority = sequence.params.retention_priority
         data = RequestData(
             request_id=sequence.request_id,
             new_tokens=sequence.tokens[sequence.num_told_tokens :],
@@ -179,7 +180,7 @@ class Scheduler:
             computed_position=sequence.num_computed - (sequence.num_connector_matched_tokens if is_new else 0),
             num_scheduled_tokens=num_tokens,
             block_hashes=self._told_hashes(sequence),
-            priorities=self._priorities(sequence, len(new_block_ids[0])),
+            priorities=None if priority is None else [priority] * len(new_block_ids[0]),
             cache_salt=sequence.cache_salt,
             new_block_ids_by_layer_group=new_block_ids,
         )
@@ -193,11 +194,6 @@ class Scheduler:
         told = sequence.told_hashes
         told += [int.from_bytes(block_hash[:8]) for block_hash in sequence.block_hashes[len(told) :]]
         return list(told)
-
-    @staticmethod
-    def _priorities(sequence: Sequence, num_blocks: int) -> list[int] | None:
-        priority = sequence.params.retention_priority
-        return None if priority is None else [priority] * num_blocks
 
     # -- admission ---------------------------------------------------------------------------------------------------
 

@@ -162,7 +162,3 @@ class Batch:
 
     slices: list[Slice] = field(default_factory=list)
     lora_id: str | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(piece.tokens) for piece in self.slices)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -150,8 +151,8 @@ class KvCacheConnectorManager:
     ) -> None:
         self.worker = worker
         self.scheduler = scheduler
-        self.num_errors: dict[str, int] = {}
-        self._untold_errors: dict[str, int] = {}
+        self.num_errors: Counter[str] = Counter()
+        self._untold_errors: Counter[str] = Counter()
         self._llm_args = llm_args
         self._collective: Collective = collective or LocalCollective()
         assert (scheduler is not None) == (self._collective.rank == 0), "the scheduler half lives on rank 0 alone"
@@ -312,8 +313,8 @@ class KvCacheConnectorManager:
 
         saved, loaded = self._call("get_finished", ask) or ([], [])
         failed = self._call("take_failed_loads", lambda: [*map(int, self.worker.take_failed_loads())]) or []
-        errors, self._untold_errors = self._untold_errors, {}
-        return _Report(saved, loaded, failed, self._pass_broken, errors)
+        errors, self._untold_errors = self._untold_errors, Counter()
+        return _Report(saved, loaded, failed, self._pass_broken, dict(errors))
 
     def _agree(self, reports: Sequence[_Report]) -> Finished:
         failed: set[int] = set()
@@ -325,8 +326,7 @@ class KvCacheConnectorManager:
                         self.complain("get_finished", f"rank {rank}: request {request_id} {complaint}", request_id)
             failed.update(report.failed)
             if rank > 0:
-                for hook, number in report.num_errors.items():
-                    self.num_errors[hook] = self.num_errors.get(hook, 0) + number
+                self.num_errors.update(report.num_errors)
             if report.pass_broken:
                 failed |= self._loads_of_pass
         self._loads_of_pass = set()
@@ -369,7 +369,7 @@ class KvCacheConnectorManager:
     def complain(self, hook: str, what: str, request_id: int | None = None) -> None:
         """Count what a hook did wrong; log it once per hook and request, in the connector's name."""
         for counts in (self.num_errors, self._untold_errors):
-            counts[hook] = counts.get(hook, 0) + 1
+            counts[hook] += 1
         if (hook, request_id) in self._said:
             return
         self._said.add((hook, request_id))

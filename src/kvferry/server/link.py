@@ -63,10 +63,7 @@ class Link:
     def flush(self) -> bool:
         """Send what was told; false: the server takes nothing at the moment."""
         while self._unsent:
-            message = self._unsent[0]
-            try:
-                self.socket.send(message, zmq.NOBLOCK)
-            except zmq.Again:
+            if not self._send(self._unsent[0]):
                 return False
             self._unsent.popleft()
         return True
@@ -75,11 +72,7 @@ class Link:
         """The answer, or None if there is none in time."""
         deadline = time.monotonic() + timeout_seconds
         number = next(self._numbers)
-        if not self.flush():
-            return None
-        try:
-            self.socket.send(protocol.encode((number, deadline, question)), zmq.NOBLOCK)
-        except zmq.Again:
+        if not (self.flush() and self._send(protocol.encode((number, deadline, question)))):
             return None
         while (remaining_seconds := deadline - time.monotonic()) > 0:
             received = self._receive(remaining_seconds)
@@ -106,6 +99,13 @@ class Link:
         """Wait at most so long for what was told to leave. Further calls are errors."""
         self.flush()
         self.socket.close(int(linger_seconds * 1000))
+
+    def _send(self, message: bytes) -> bool:
+        try:
+            self.socket.send(message, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def _receive(self, timeout_seconds: float) -> tuple[int, protocol.Answer] | None:
         """The next message's number and answer; None: nothing came in time."""

@@ -46,9 +46,8 @@ class StoreServer:
         self._socket.linger = 0
         self._socket.maxmsgsize = protocol.MOST_MESSAGE_BYTES
         self._socket.rcvhwm = _MOST_UNREAD
-        self._socket.router_handover = (
-            True  # A client that comes back may be quicker than the end of its last connection.
-        )
+        # A client that comes back may be quicker than the end of its last connection.
+        self._socket.router_handover = True
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._last_sweep = time.monotonic()
         self._guard = protect_server(self._socket, keys) if keys is not None else None

@@ -289,8 +289,7 @@ class Arena:
 
         A reader asks after it has read: the generation changes before bytes do.
         """
-        at = self._header_offset(slot.offset)
-        return at is not None and _STATE.unpack_from(self.buffer, at)[0] == slot.generation
+        return self.state_of(slot) is not None
 
     def begin_writing(self, slots: Sequence[Slot]) -> SlotLock | None:
         """Ask before the first byte is written. None: a slot keeps another part by now, or someone still copies there.

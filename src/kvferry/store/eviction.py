@@ -218,9 +218,8 @@ class Evictor(Generic[Id]):
 
     def touch(self, item: Id) -> None:
         """The resident was used."""
-        self._policy.touch(item)
-        if item in self._share_of:
-            self._share_of[item].touch(item)
+        for policy in self._policies(item):
+            policy.touch(item)
 
     def pin(self, item: Id) -> None:
         """Keep a resident until as many `unpin`."""

@@ -75,10 +75,9 @@ def _whole_entries(arena: Arena, slabs: Sequence[FoundSlab]) -> list[list[tuple[
     for entry in parts.values():
         entry.sort(key=lambda part: part[0].rank)
         first = entry[0][0]
-        expected = (
-            [first._replace(rank=rank) for rank in range(first.num_parts)] if first.num_parts == len(entry) else []
-        )
-        if [header._replace(generation=first.generation) for header, _ in entry] == expected:
+        expected = [first._replace(rank=rank) for rank in range(len(entry))]
+        found = [header._replace(generation=first.generation) for header, _ in entry]
+        if first.num_parts == len(entry) and found == expected:
             whole.append(entry)
     whole.sort(key=lambda entry: entry[0][0].generation)
     return whole

@@ -212,7 +212,6 @@ def explain_options(
     """The same as settings, in the order of the fields, each with where it came from. Errors as `load_options`."""
     environ = os.environ if environ is None else environ
     chosen = {item.name: (item.default, "default") for item in fields(StoreOptions)}
-    described = {item.name: item.metadata["description"] for item in fields(StoreOptions)}
     path = environ.get(CONFIG_FILE_VARIABLE)
     if path:
         from_file = accept_options(StoreOptions, _read_yaml(Path(path).expanduser()), f"in {path}")
@@ -221,7 +220,7 @@ def explain_options(
         chosen[name] = (_convert(StoreOptions, name, text, f"from {variable}", strict=False), variable)
     given = accept_options(StoreOptions, arguments or {}, "given as argument")
     chosen |= {name: (value, "argument") for name, value in given.items()}
-    return [Setting(name, value, source, described[name]) for name, (value, source) in chosen.items()]
+    return [Setting(item.name, *chosen[item.name], item.metadata["description"]) for item in fields(StoreOptions)]
 
 
 def read_engine_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

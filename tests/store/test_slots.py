@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvferry.blocks import Slot
 from kvferry.store.arena import Arena, slot_stride, slots_in, unit_bytes_of
-from kvferry.store.slots import SlotAllocator, SlotClass, fits, slab_units
+from kvferry.store.slots import Room, SlotAllocator, SlotClass, fits, slab_units
 
 ARENA_BYTES = 2 * 4096 + 8 * (4096 + 4096)
 UNIT_BYTES = unit_bytes_of(ARENA_BYTES)
@@ -97,7 +97,7 @@ def test_room_foresees_what_giving_back_would_bring(slots: SlotAllocator) -> Non
     taken = take_all(slots, 4096)
     per_unit = slots_in(UNIT_BYTES, 4096)
     needs = Counter({SlotClass(64, 0): 1, SlotClass(12288, 0): 1})
-    room = slots.room(needs)
+    room = Room(slots, needs)
     given = [*taken[:per_unit], *taken[2 * per_unit : 4 * per_unit]]
     for slot in given:
         assert not room.enough(tight=False)
@@ -124,7 +124,7 @@ def test_room_says_what_prepare_then_does(steps: list[tuple[int, int, bool]]) ->
             slots.give_back(taken.pop(len(taken) // 2))
             continue
         needs = Counter([*[SlotClass(slot_stride(num_bytes), rank)] * 3, SlotClass(4096, 1)])
-        enough = any(slots.room(needs).enough(tight=tight) for tight in (False, True))
+        enough = any(Room(slots, needs).enough(tight=tight) for tight in (False, True))
         assert slots.prepare(needs) == enough
         sizes = [(num_bytes, rank)] * 3 + [(4096, 1)]
         got = [slots.take(size, rank) for size, rank in sizes] if enough else []
@@ -156,7 +156,7 @@ def test_memory_that_runs_out_ends_the_arena(
     assert [record.message[:24] for record in caplog.records] == ["shared memory is full: t"]
     slots.give_back(taken[0])
     assert slots.take(4096, 0) is not None
-    assert not slots.room({SlotClass(64, 0): 1}).enough(tight=True)
+    assert not Room(slots, {SlotClass(64, 0): 1}).enough(tight=True)
     slots.close()
 
 

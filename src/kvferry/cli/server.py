@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--curve-clients", metavar="FILE", help="public keys of the only clients that may connect")
     parser.add_argument("--l1-size-gb", type=float, metavar="GB", help="size of the shared memory")
     parser.add_argument("--eviction-policy", choices=("lru", "s3fifo"), help="which chunks leave full memory first")
-    chunks, threads = "tokens per chunk; engines must have the same", "threads that read and write the disk tier"
+    chunks = "tokens per chunk; engines must have the same"
+    threads = "threads that read and write the disk tier"
     parser.add_argument("--chunk-size", type=int, metavar="TOKENS", dest="chunk_tokens", help=chunks)
     parser.add_argument("--max-workers", type=int, metavar="N", dest="disk_threads", help=threads)
     parser.add_argument("--disk-path", metavar="DIR", help="folder of the disk tier; default none")
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kvferry.server.server import StoreServer
     from kvferry.store.assembly import open_store
 
-    names = {option.name for option in fields(StoreOptions)}  # Those of arguments that set an option are the same.
+    names = {option.name for option in fields(StoreOptions)}  # An argument that sets one has its name.
     given = {name: value for name, value in vars(arguments).items() if name in names}
     options = load_options({name: value for name, value in given.items() if value is not None})
     endpoint = Endpoint.parse(_url(arguments, options))

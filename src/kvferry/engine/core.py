@@ -231,11 +231,9 @@ class EngineCore:
     def _generator(self, sequence: Sequence, device: Any) -> torch.Generator | None:
         if sequence.params.seed is None:
             return None
-        generator = self._generators.get(sequence.request_id)
-        if generator is None:
-            generator = torch.Generator(device).manual_seed(sequence.params.seed)
-            self._generators[sequence.request_id] = generator
-        return generator
+        if sequence.request_id not in self._generators:
+            self._generators[sequence.request_id] = torch.Generator(device).manual_seed(sequence.params.seed)
+        return self._generators[sequence.request_id]
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.request_id not in self._sequences:

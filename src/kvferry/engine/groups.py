@@ -109,9 +109,7 @@ def place_of_state(block_ids: Sequence[int], num_tokens: int, tokens_per_block: 
 def check_windows(windows: Sequence[int | None], given: Sequence[int] | None, max_positions: int) -> None:
     """RequestError: the windows `given` for the layers in turn are not the model's. One as long as the longest sequence
     says full attention."""
-    for layer, window in enumerate(windows if given else ()):
-        assert given
-        said = given[layer % len(given)]
+    for layer, (window, said) in enumerate(zip(windows, itertools.cycle(given or ()), strict=False)):
         if said != window and (window is not None or said < max_positions):
             own = f"a window of {window}" if window is not None else f"all of up to {max_positions}"
             raise RequestError(

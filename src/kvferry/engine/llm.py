@@ -29,7 +29,7 @@ from kvferry.engine.model import load_model
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.rank import make_worker, part_of_kv, plan_first_rank
 from kvferry.engine.ranks import Ranks
-from kvferry.engine.sampling import SamplingParams, is_unicode
+from kvferry.engine.sampling import SamplingParams, is_int, is_unicode
 from kvferry.engine.scheduler import Limits, Scheduler
 from kvferry.engine.sequence import Sequence
 from kvferry.engine.text import Detokenizer
@@ -204,7 +204,7 @@ class LLM:
         prompt gives one output, a list gives a list in the order of the prompts. RequestError: a prompt, value or
         adapter cannot be served; then none of them ran.
         """
-        is_single = isinstance(prompts, str) or (isinstance(prompts, list) and all(map(_is_token, prompts)))
+        is_single = isinstance(prompts, str) or (isinstance(prompts, list) and all(map(is_int, prompts)))
         many = [prompts] if is_single else list(prompts)
         params = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(many)
         if len(params) != len(many):
@@ -236,7 +236,7 @@ class LLM:
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model's folder has none")
         vocab_size = self._loaded.vocab_size
-        if bad := [token for token in tokens if not (_is_token(token) and 0 <= token < vocab_size)]:
+        if bad := [token for token in tokens if not (is_int(token) and 0 <= token < vocab_size)]:
             raise RequestError(f"{bad[0]!r} is no token id of this model; ids are integers from 0 to {vocab_size - 1}")
         self._check_length(len(tokens), params.max_tokens)
         lora_id = self._load_adapter(lora_path) if lora_path is not None else None
@@ -340,7 +340,3 @@ def _find_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise RequestError(f"device {name!r} is not to be had here")
     return device
-
-
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -44,15 +44,15 @@ class SamplingParams:
     retention_priority: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_int(self.max_tokens) or self.max_tokens < 1:
+        if not is_int(self.max_tokens) or self.max_tokens < 1:
             raise RequestError(f"max_tokens must be an integer of at least 1, not {self.max_tokens!r}")
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise RequestError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
-        if not _is_int(self.top_k) or self.top_k < 0:
+        if not is_int(self.top_k) or self.top_k < 0:
             raise RequestError(f"top_k must be an integer of at least 0 (0: all tokens), not {self.top_k!r}")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise RequestError(f"top_p must be a number above 0 and at most 1, not {self.top_p!r}")
-        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**63):
+        if self.seed is not None and not (is_int(self.seed) and 0 <= self.seed < 2**63):
             raise RequestError(f"seed must be an integer from 0 to 2**63 - 1, not {self.seed!r}")
         if not all(isinstance(text, str) and text for text in self.stop_strings):
             raise RequestError(f"stop must be non-empty strings, not {self.stop!r}")
@@ -61,7 +61,7 @@ class SamplingParams:
         if self.cache_salt is not None and not is_unicode(self.cache_salt):
             raise RequestError(f"cache_salt must be Unicode text, not {self.cache_salt!r}")
         priority = self.retention_priority
-        if not (priority is None or (_is_int(priority) and 0 <= priority <= 100)):
+        if not (priority is None or (is_int(priority) and 0 <= priority <= 100)):
             raise RequestError(f"retention_priority must be an integer from 0 to 100, not {priority!r}")
 
     @property
@@ -78,7 +78,8 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether it is a whole number, which true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

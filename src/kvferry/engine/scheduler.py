@@ -337,13 +337,12 @@ class Scheduler:
         sequence = self._loading.pop(request_id, None)
         if sequence is None:
             self._blocks.release(load.block_ids)
-            return
-        if sequence.is_finished:
+        elif sequence.is_finished:
             self._let_go(sequence)
-            return
-        if not ok:
-            self._forget_load(sequence)
-        self._loaded.append(sequence)
+        else:
+            if not ok:
+                self._forget_load(sequence)
+            self._loaded.append(sequence)
 
     # -- ends --------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ ROOT = "tensorrt_llm"
 
 
 def _own(module: str, *names: str) -> dict[str, str]:
-    """Names that a module of ours has as well."""
+    """Names that a module of kvferry has as they are."""
     return {name: f"kvferry.{module}:{name}" for name in names}
 
 
@@ -39,8 +39,10 @@ _OUTPUTS = _own("engine.outputs", "CompletionOutput", "RequestOutput")
 _LOGGER = _own("integrations.trtllm_shapes", "logger")
 _REQUEST = {"LlmRequest": "kvferry.engine.sequence:Sequence"}
 _STATE = {"LlmRequestState": "kvferry.connector.api:RequestState"}
-_HALVES = _own("connector.api", "KvCacheConnectorScheduler", "KvCacheConnectorWorker")
-_CONNECTOR = {**_HALVES, **_own("connector.api", "RequestData", "SchedulerOutput"), **_REQUEST}
+_CONNECTOR = {
+    **_own("connector.api", "KvCacheConnectorScheduler", "KvCacheConnectorWorker", "RequestData", "SchedulerOutput"),
+    **_REQUEST,
+}
 _LAYOUT = ("KvCacheBufferRef", "KvCacheLayerGroupLayout", "KvCacheLayout", "KvCacheRegion", "valid_page_slots")
 
 NAMES: dict[str, dict[str, str]] = {

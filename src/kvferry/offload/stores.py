@@ -69,8 +69,7 @@ class _EmbeddedRank:
 
 def open_for_scheduler(llm_args: LlmArgs, options: StoreOptions) -> tuple[BlockStore | None, Callable[[], None]]:
     """The store for the scheduler half, or None if it cannot be made, which was logged; and what to call in the end."""
-    url, ranks_url = _server_url(llm_args, options), _ranks_url(llm_args)
-    return open_store(llm_args.engine_id, llm_args.model, options, url, ranks_url)
+    return open_store(llm_args.engine_id, llm_args.model, options, _server_url(llm_args, options), _ranks_url(llm_args))
 
 
 def open_for_rank(llm_args: LlmArgs, options: StoreOptions) -> tuple[RankStore | None, Callable[[], None]]:

@@ -66,10 +66,8 @@ def protect_server(socket: zmq.Socket[Any], keys: ServerKeys) -> ThreadAuthentic
 def protect_client(socket: zmq.Socket[Any], server_key: str, secret_file: str | None) -> None:
     """To be called before `socket` connects. server_key: the server's public key, or a file that holds it. secret_file:
     the client's own key; None: one for this connection. ConfigError: no keys."""
-    if len(server_key) == _KEY_CHARACTERS and not Path(server_key).is_file():
-        socket.curve_serverkey = server_key.encode()
-    else:
-        socket.curve_serverkey = _read_keys(server_key)[0]
+    is_key = len(server_key) == _KEY_CHARACTERS and not Path(server_key).is_file()
+    socket.curve_serverkey = server_key.encode() if is_key else _read_keys(server_key)[0]
     public, secret = zmq.curve_keypair()
     if secret_file is not None:
         secret = _read_secret(secret_file)

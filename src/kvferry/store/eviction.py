@@ -208,9 +208,7 @@ class Evictor(Generic[Id]):
         assert item not in self._parent, "an id is added once"
         if share in self._shares:
             self._share_of[item] = self._shares[share]
-        if self._evictable(parent):
-            self._hold(parent)
-        self._children[parent] += 1
+        self._gain_child(parent)
         self._parent[item] = parent
         self._pins[item] = 1
         for policy in self._policies(item):
@@ -269,10 +267,7 @@ class Evictor(Generic[Id]):
         """Those chosen stay."""
         while self._chosen:
             victim = self._chosen.pop()
-            parent = self._parent[victim]
-            if self._evictable(parent):
-                self._hold(parent)
-            self._children[parent] += 1
+            self._gain_child(self._parent[victim])
             self._offer(victim)
 
     def check(self, pins: Counter[Id], parents: Iterable[tuple[Id, Id]]) -> None:
@@ -299,6 +294,11 @@ class Evictor(Generic[Id]):
 
     def _evictable(self, item: Id) -> bool:
         return item in self._parent and not self._pins[item] and not self._children[item]
+
+    def _gain_child(self, parent: Id) -> None:
+        if self._evictable(parent):
+            self._hold(parent)
+        self._children[parent] += 1
 
     def _lose_child(self, parent: Id) -> None:
         self._children[parent] -= 1

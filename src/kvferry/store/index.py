@@ -133,7 +133,7 @@ class Index:
             self._admit(Entry(want, tuple(slot for _, slot in parts), EntryState.COMMITTED, clock()))
             self._evictor.unpin(want.id)
         for salt, quota in quotas.items():
-            self._choose(self._slots.room({}), salt, self._salt_bytes[salt] - quota, tight=True)
+            self._choose(Room(self._slots, {}), salt, self._salt_bytes[salt] - quota, tight=True)
             self._evict()
 
     def __len__(self) -> int:
@@ -154,22 +154,17 @@ class Index:
     def reserve(self, wanted: Sequence[Wanted], state: EntryState) -> list[Entry] | None:
         """New entries of one salt, each with one pin. Evicts others if need be: of that salt, where it would exceed its
         quota. None, and nothing evicted: no room for all."""
-        needs: dict[SlotClass, int] = {}
-        for want in wanted:
-            stride = slot_stride(want.part_bytes)
-            for rank in range(want.num_parts):
-                of = SlotClass(stride, rank)
-                needs[of] = needs.get(of, 0) + 1
+        needs = Counter(
+            SlotClass(slot_stride(want.part_bytes), rank) for want in wanted for rank in range(want.num_parts)
+        )
         salt = wanted[0].salt_tag
         quota = self._quotas.get(salt)
         excess = 0 if quota is None else self._salt_bytes[salt] + sum(want.num_bytes for want in wanted) - quota
         if not (self._make_room(needs, salt, excess) and self._slots.prepare(needs)):
             return None
-        entries: list[Entry] = []
-        for want in wanted:
-            entry = Entry(want, self._take(want), state, self._clock())
+        entries = [Entry(want, self._take(want), state, self._clock()) for want in wanted]
+        for entry in entries:
             self._admit(entry)
-            entries.append(entry)
         return entries
 
     def expect(self, num_bytes: int) -> None:
@@ -323,7 +318,7 @@ class Index:
 
     def _make_room(self, needs: Mapping[SlotClass, int], salt: bytes, excess: int) -> bool:
         """Short slabs leave more over than the usual ones, but are better than evicting, or than no room at all."""
-        room = self._slots.room(needs)
+        room = Room(self._slots, needs)
         if excess <= 0 and (room.enough(tight=False) or room.enough(tight=True)):
             return True
         for tight in (False, True):
@@ -331,7 +326,7 @@ class Index:
                 self._evict()
                 return True
             self._evictor.spare()
-            room = self._slots.room(needs)
+            room = Room(self._slots, needs)
         self._meter["reserves_over_quota"] += excess > 0
         return False
 

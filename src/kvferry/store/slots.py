@@ -213,7 +213,8 @@ class Slab:
 
 
 class Room:
-    """What-if over an allocator: would there be room for `needs`, were some slots given back? Changes nothing.
+    """What-if over an allocator: would there be room for `needs` slots of each class, were some slots given back?
+    Changes nothing.
 
     Valid until the allocator changes.
     """
@@ -289,10 +290,6 @@ class SlotAllocator:
         self._open.setdefault(slab.run.of, {})[slab] = None
         if len(slab.free) == slab.num_slots:
             self._dissolve(slab)
-
-    def room(self, needs: Mapping[SlotClass, int]) -> Room:
-        """Ask whether, and after giving back what, `needs` slots of each class could be taken."""
-        return Room(self, needs)
 
     def prepare(self, needs: Mapping[SlotClass, int]) -> bool:
         """Make the slabs without which `needs` slots of each class cannot be taken. False, and none made: there is no

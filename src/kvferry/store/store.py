@@ -174,13 +174,13 @@ class Store:
             self._tiers.touch(present)
             promoted = self._index.reserve(missing, EntryState.PROMOTING) if missing else []
             if promoted is None:
-                for entry in present:
-                    self._index.unpin(entry)
+                self._unpin(present)
                 self._meter.add("loads_without_room")
                 return None
             for entry in promoted:
                 self._index.pin(entry)
-            leased = [(chunk, self._entry(want.id)) for chunk, want in wanted]
+            by_id = {entry.id: entry for entry in (*present, *promoted)}
+            leased = [(chunk, by_id[want.id]) for chunk, want in wanted]
             lease = self._leases.open(JobKind.LOAD, leased, geometry.num_ranks, owner, self._clock())
             # Deepest first: a backend that evicts by last use then loses children before parents.
             for entry, source in reversed([*zip(promoted, sources, strict=True)]):
@@ -213,8 +213,7 @@ class Store:
                 kept += [entry for parent in parents if (entry := self._index.get(parent))]
             self._index.use(kept)
             reserved = self._reserve(missing)
-            for entry in kept:
-                self._index.unpin(entry)
+            self._unpin(kept)
             if not reserved:
                 return None
             return self._leases.open(JobKind.STORE, reserved, geometry.num_ranks, owner, self._clock()).job
@@ -234,7 +233,7 @@ class Store:
             self._leases.end(lease)
             if lease.job.kind is JobKind.LOAD:
                 self._meter.add("loaded_bytes" if lease.ok else "failed_loads", lease.num_bytes if lease.ok else 1)
-                self._unpin(lease)
+                self._unpin(lease.entries)
             elif lease.ok:
                 self._commit(lease)
             else:
@@ -319,11 +318,6 @@ class Store:
                 wanted.append((chunk, Wanted((keys[chunk], group), parent, spec.part_bytes, num_parts, *tags)))
         wanted.sort(key=lambda item: (item[0], item[1].id[1]))
         return wanted
-
-    def _entry(self, entry_id: EntryId) -> Entry:
-        entry = self._index.get(entry_id)
-        assert entry is not None, "what was just reserved or pinned is there"
-        return entry
 
     def _farthest(self, geometry: Geometry, keys: Sequence[bytes]) -> list[Tier]:
         """Of each chunk of the longest loadable prefix, the farthest tier that it needs."""
@@ -418,7 +412,7 @@ class Store:
         """A load whose tiers did not deliver is over."""
         self._leases.end(lease)
         self._leases.answer(lease, ok=False)
-        self._unpin(lease)
+        self._unpin(lease.entries)
         self._meter.add("failed_promotions")
         self._answered.notify_all()
 
@@ -467,8 +461,8 @@ class Store:
             if not self._writing[entry.id]:
                 del self._writing[entry.id]
 
-    def _unpin(self, lease: Lease) -> None:
-        for entry in lease.entries:
+    def _unpin(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
             self._index.unpin(entry)
 
     def _take_back(self, lease: Lease) -> None:
@@ -476,7 +470,7 @@ class Store:
         self._leases.end(lease)
         entries = lease.entries
         if lease.job.kind is JobKind.LOAD:
-            self._unpin(lease)
+            self._unpin(lease.entries)
             entries = [entry for entry in entries if any(map(self._arena.is_locked, entry.slots))]
         self._withdraw(entries)
 

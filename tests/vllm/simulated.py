@@ -328,10 +328,13 @@ class Simulation:
         }
         tables = {name: [list(table) for table in self._tables[name]] for name in names}
         for layer, group in itertools.product(range(LAYERS if names else 0), range(len(self._kinds))):
+            works = [(name, layer, group, tables[name][group], of, computed[name]) for name, of in names.items()]
+            for work in works:
+                self._do(partial(self._write, *work))
             if has_hooks and layer not in self._silent:
                 self.worker.wait_for_layer_load(f"layer.{group}.{layer}")
-            for name, of in names.items():
-                self._do(partial(self._attend, name, layer, group, tables[name][group], of, computed[name]))
+            for work in works:
+                self._do(partial(self._attend, *work))
         return {name: self._sample(name, of) for name, of in names.items()}
 
     def _names_up_to(self, name: str, end: int) -> list[int]:
@@ -350,21 +353,22 @@ class Simulation:
         tokens.append(names[-1] % 50 + 2)
         return tokens[-1:]
 
+    def _write(self, _name: str, layer: int, group: int, table: list[int], names: list[int], computed: int) -> None:
+        """Of the tokens of these names all after `computed` are written, before the layer calls its hook: in vLLM an
+        operation of its own does it. Each layer has numbers of its own."""
+        for position in range(computed, len(names)) if self._kinds[group] != "state" else ():
+            self.raw[layer, table[position // BLOCK]].view(BLOCK, 2)[position % BLOCK] = names[position] + layer
+
     def _attend(self, name: str, layer: int, group: int, table: list[int], names: list[int], computed: int) -> None:
-        """Of the tokens of these names all after `computed` are written; what they attend to must be there. Each layer
-        has numbers of its own."""
+        """What the tokens of these names attend to must be there. A state is read before it is written."""
         kind, raw, names, end = self._kinds[group], self.raw[layer], [of + layer for of in names], len(names)
         if kind == "state":
             if computed and raw[table[(computed - 1) // BLOCK], 0].item() != names[computed - 1]:
                 self.wrong.append(f"{name}: no state of {computed} tokens")
             raw[table[(end - 1) // BLOCK], 0] = names[end - 1]
             return
-        first = max(0, computed - WINDOW + 1) if kind == "window" else 0
-        for position in range(first, end):
-            place = raw[table[position // BLOCK]].view(BLOCK, 2)[position % BLOCK]
-            if position >= computed:
-                place[:] = names[position]
-            elif place.tolist() != [names[position]] * 2:
+        for position in range(max(0, computed - WINDOW + 1) if kind == "window" else 0, end):
+            if raw[table[position // BLOCK]].view(BLOCK, 2)[position % BLOCK].tolist() != [names[position]] * 2:
                 self.wrong.append(f"{name}: layer {layer} of {kind} lacks token {position} of {end}")
 
     def close(self) -> None:

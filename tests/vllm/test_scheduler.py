@@ -108,6 +108,25 @@ def test_a_layer_is_computed_once_its_own_load_has_ended(
     simulation.close()
 
 
+@pytest.mark.parametrize("num_idle_steps", [0, 2], ids=["", "after idle steps"])
+def test_blocks_of_an_aborted_load_are_written_to_once_it_has_ended(
+    llama: Path, num_idle_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation = Simulation(llama, GROUPS["full"], 12, 0, is_late=True, is_second_runner=False)
+    simulation.share_of_graphs = 0
+    load_ahead(simulation, monkeypatch)
+    monkeypatch.setattr(simulation.copies, "run", lambda *_: None)
+    simulation.abort("again")
+    for _ in range(num_idle_steps):
+        simulation.step()
+    simulation.add("other", [5 * at % 48 + 2 for at in range(3 * CHUNK)], 1)
+    while "other" not in simulation.answers:
+        simulation.step()
+    monkeypatch.undo()
+    finish(simulation)
+    simulation.close()
+
+
 @pytest.mark.parametrize("is_second_runner", [False, True])
 def test_saves_end_in_their_pass_where_blocks_are_written_to_before_any_hook(
     llama: Path, is_second_runner: bool, monkeypatch: pytest.MonkeyPatch

@@ -160,7 +160,7 @@ class SchedulerHalf:
             if (followed := self._followed.get(name)) is not None:
                 told.preempted.append(followed.request_id)
         written = (getattr(output, name, None) for name in ("new_block_ids_to_zero", "kv_cache_block_copies"))
-        told.writes = any(written)
+        told.writes |= any(written)
         if self._planner is not None:
             translated = SchedulerOutput()
             if self._roles.may_store:
@@ -178,7 +178,8 @@ class SchedulerHalf:
         """vLLM's `request_finished_all_groups`. True: its blocks are still being saved."""
         name = request.request_id
         followed = self._followed.pop(name, None)
-        self._loading.pop(name, None)
+        if self._loading.pop(name, None) is not None:
+            self._told.writes = True  # Its load may be under way in blocks that other requests are given.
         self._began.pop(name, None)
         if self._planner is None or followed is None or not self._planner.finished(followed.request_id):
             return False

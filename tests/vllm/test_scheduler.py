@@ -108,16 +108,22 @@ def test_a_layer_is_computed_once_its_own_load_has_ended(
     simulation.close()
 
 
-@pytest.mark.parametrize("num_idle_steps", [0, 2], ids=["", "after idle steps"])
-def test_blocks_of_an_aborted_load_are_written_to_once_it_has_ended(
-    llama: Path, num_idle_steps: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["was aborted", "was aborted some steps ago", "could not load on another rank"])
+def test_blocks_that_are_loaded_for_who_does_not_use_them_are_written_to_later(
+    llama: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulation = Simulation(llama, GROUPS["full"], 12, 0, is_late=True, is_second_runner=False)
     simulation.share_of_graphs = 0
+    if how == "could not load on another rank":
+        half = simulation.worker._worker
+        assert half is not None
+        end_load = half._end_load
+        monkeypatch.setattr(half, "_end_load", lambda number, *, ok: end_load(number, ok=False))
     load_ahead(simulation, monkeypatch)
     monkeypatch.setattr(simulation.copies, "run", lambda *_: None)
-    simulation.abort("again")
-    for _ in range(num_idle_steps):
+    if how != "could not load on another rank":
+        simulation.abort("again")
+    for _ in range(2 * (how == "was aborted some steps ago")):
         simulation.step()
     simulation.add("other", [5 * at % 48 + 2 for at in range(3 * CHUNK)], 1)
     while "other" not in simulation.answers:

@@ -17,7 +17,7 @@ class FerryMetadata(KVConnectorMetadata):
     lost: loads that were promised and cannot be made any more, with the blocks that they should have filled.
     is_empty: nothing is computed in this step. is_idle: besides, its one load is the only one under way.
     writes: blocks that are being loaded ahead may be written to before layers wait for them: vLLM zeroes or copies
-    blocks before the step's pass, or a request ended before it was computed, and has given its blocks back.
+    blocks before the step's pass, or has taken them back from a request that ended, or whose load failed elsewhere.
     finished: requests whose blocks wait for the end of their saves. preempted: requests whose blocks are gone: this
     step may write to them.
     """

@@ -197,6 +197,7 @@ class SchedulerHalf:
             if (began := self._began.pop(name, None)) is not None:
                 self._load_seconds.append(time.monotonic() - began)
         for name in failed:
+            self._told.writes = True  # On another rank its load may be under way, in blocks that it is to compute.
             self._meter.add("failed_loads")
             if (followed := self._followed.get(name)) is not None and self._planner is not None:
                 followed.may_load = False

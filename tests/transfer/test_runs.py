@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -102,6 +103,28 @@ def test_pages_arrive_whatever_goes_first(monkeypatch: pytest.MonkeyPatch) -> No
         rig.stream.synchronize()
         assert rig.arrived == [True] * 8
         assert len(rig.buffers) == 1
+
+
+def test_a_second_thread_waits_for_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads ahead are begun by the engine's own thread, others by one beside it."""
+    rig = Rig(0, monkeypatch)
+    rig.arena[:] = np.random.default_rng(0).integers(1, 256, len(rig.arena), dtype=np.uint8)
+    both = rig.plan(120)
+    second = threading.Thread(target=rig.loads.copy, args=(both.only(slice(60, 120)), rig.stream))
+    send = rig.loads._send
+
+    def send_while_another_comes(*of: Any) -> None:
+        send(*of)
+        if second.ident is None:
+            second.start()
+            second.join(0.1)
+
+    rig.loads._send = send_while_another_comes
+    rig.loads.copy(both.only(slice(60)), rig.stream)
+    second.join()
+    rig.device.prefer(rig.wire)
+    rig.stream.synchronize()
+    assert rig._has_arrived(both, rig.arena)
 
 
 def test_runs_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,8 +128,9 @@ class WorkerHalf(ArenaFollower):
         return Mover(store, arena, self._layouts, self._options, self._engine.rank, passing)
 
     def release_preempted(self, metadata: FerryMetadata, stream: Any) -> None:
-        """Before a step writes to blocks of requests that were preempted: wait for copies out of them. Before it copies
-        or zeroes blocks, which may be before `bind`: wait for copies into them."""
+        """Before a step writes to blocks of requests that were preempted: wait for copies out of them. Before it may
+        write to blocks that are loaded ahead (`FerryMetadata.writes`), perhaps before `bind`: wait for copies into
+        them."""
         if metadata.writes or not self._may_wait_by_layer:
             self._order_after_loads(stream)
         preempted = set(metadata.preempted)

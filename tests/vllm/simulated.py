@@ -264,11 +264,11 @@ class Simulation:
         self.copies.run(self.choose.random(), failing)
         are_first = self.choose.random() < 0.3  # as vLLM 0.26 has it; later versions start loads after the pass
         if are_first:
-            self._start_loads()
+            self._start_loads(failing)
         sampled = self._forward(output, has_hooks=not is_graph)
         self._context = None
         if not are_first:
-            self._start_loads()
+            self._start_loads(failing)
         self.worker.wait_for_save()
         self.copies.run(self.choose.random(), failing)
         num_waits = self.copies.num_waits
@@ -290,11 +290,16 @@ class Simulation:
             kv_connector_output=told,
         )
 
-    def _start_loads(self) -> None:
-        mover = self.worker._worker._mover
+    def _start_loads(self, failing: float) -> None:
+        """One that counts as ended may still be under way when another rank's has failed."""
+        half, mover = self.worker._worker, self.worker._worker._mover
         known = list(mover._ahead) if mover is not None else []
         self.worker.start_load_kv(None)
-        self.num_ahead += mover is not None and mover._ahead != known
+        if mover is not None and mover._ahead != known:
+            self.num_ahead += 1
+            if self.choose.random() < failing:
+                self.copies.failures += 1
+                half._failed.update(half._names[number] for number in half._loaded)
 
     def _do(self, work: Callable[[], None]) -> None:
         """Now, or when the device comes to it."""

@@ -1,4 +1,4 @@
-"""The kernel that moves pages, run by Triton's interpreter: vLLM's environment has Triton, and needs no GPU for that."""
+"""The kernel that moves pages, run by the interpreter of Triton, which is part of vLLM's environment."""
 
 from __future__ import annotations
 

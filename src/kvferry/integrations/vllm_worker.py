@@ -116,7 +116,7 @@ class WorkerHalf(ArenaFollower):
         self._follow_arena()
         is_ahead = self._mover is not None and self._mover.is_ahead
         self._by_layer = is_ahead and by_layer and self._may_wait_by_layer
-        if not (self._by_layer or metadata.is_empty):
+        if metadata.writes or not (self._by_layer or metadata.is_empty):
             self._order_after_loads(stream)
         self._metadata, self._is_empty = metadata, metadata.is_empty
         self._names |= metadata.names

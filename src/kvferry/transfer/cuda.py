@@ -240,6 +240,8 @@ class CudaCopier:
         self._device = device
         self._kernel = PageKernel(device)
         self._tuning = Tuning()
+        self._warming = threading.Thread(target=self._warm, name="kvferry-warm", daemon=True)
+        self._warming.start()
         self._tuner: threading.Thread | None = None
         self._lock = threading.Lock()
         self._stages: list[tuple[torch.Tensor, Any]] = []
@@ -275,6 +277,7 @@ class CudaCopier:
 
     def close(self) -> None:
         """Wait for what was enqueued. Calling it again does nothing."""
+        self._warming.join()
         for stream in (self._wire, *self.streams.values()):
             stream.synchronize()
         if self._tuner is not None:
@@ -295,6 +298,13 @@ class CudaCopier:
         for stream in (self._wire, *self.streams.values()):
             after_allocating(stream)
         return buffer.data_ptr()
+
+    def _warm(self) -> None:
+        try:
+            self._runtime.use_device()
+            self._kernel.warm()
+        except Exception:  # the thread's boundary: who needs the kernel meets it again, and says so
+            logger.debug("the kernel could not be compiled yet", exc_info=True)
 
     def _tune_once(self) -> None:
         """Begin to measure when first there are pages that either way might be the better one for."""

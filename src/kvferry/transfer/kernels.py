@@ -86,6 +86,13 @@ class PageKernel:
             return False
         return True
 
+    def warm(self) -> None:
+        """Compile the kernel before somebody waits: it takes some tenths of a second where Triton has not kept it."""
+        if self._works:
+            with torch.cuda.stream(torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
+                none = torch.zeros(1, dtype=torch.int64, device=self._device)
+                _move[(1,)](none, none, none, 0, 0, WORDS=_WORDS, num_warps=_NUM_WARPS)
+
     def can_move(self, plan: Plan) -> bool:
         """Whether there is a kernel, and these copies are of whole words."""
         sides = (plan.sources, plan.destinations, plan.sizes)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES: Final = 32 << 20
 """What is sent at once, into one half of the buffer."""
 _LONGEST_PAGE_BYTES: Final = 256 << 10
-"""Longer ones are as good as runs. A piece may exceed its size by less than one page."""
+"""Longer ones are placed as several. A piece may exceed its size by less than this."""
 
 
 class PageMover(Protocol):
@@ -71,6 +71,8 @@ class RunLoads:
     def copy(self, plan: Plan, stream: Any) -> bool:
         """Whether these copies are made this way, and are enqueued: after what `stream` was given so far, as far as
         their destinations are concerned, and before what it is given from now on."""
+        if len(plan.sizes) and int(plan.sizes.max()) > _LONGEST_PAGE_BYTES:
+            plan = plan.cut_at_edges(plan.sources, 0, _LONGEST_PAGE_BYTES)
         if not (self._works and _has_runs(plan) and self._pages.can_move(plan)):
             return False
         try:
@@ -110,9 +112,6 @@ class RunLoads:
 
 
 def _has_runs(plan: Plan) -> bool:
-    """Whether at least every second page follows the one before it in the arena, and all are shorter than good runs."""
-    num_pages = len(plan.sizes)
-    if num_pages < 2 or int(plan.sizes.max()) > _LONGEST_PAGE_BYTES:
-        return False
+    """Whether at least every second page follows the one before it in the arena."""
     num_runs = 1 + np.count_nonzero(plan.sources[1:] != plan.sources[:-1] + plan.sizes[:-1])
-    return int(num_runs) * 2 <= num_pages
+    return int(num_runs) * 2 <= len(plan.sizes)

@@ -66,14 +66,17 @@ def load_ahead(simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> tuple
     return device, stream
 
 
-@pytest.mark.parametrize("hook", ["handle_preemptions", "bind_connector_metadata"])
+@pytest.mark.parametrize(
+    ("hook", "writes"),
+    [("handle_preemptions", True), ("bind_connector_metadata", True), ("bind_connector_metadata", False)],
+)
 def test_what_comes_after_a_hook_finds_what_was_loaded_ahead(
-    llama: Path, hook: str, monkeypatch: pytest.MonkeyPatch
+    llama: Path, hook: str, writes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulation = Simulation(llama, GROUPS["full"], 32, 0, is_late=True)
     _, stream = load_ahead(simulation, monkeypatch)
     (blocks,) = simulation.scheduler.kv_cache_manager.get_block_ids("again")
-    getattr(simulation.worker, hook)(FerryMetadata(writes=True))
+    getattr(simulation.worker, hook)(FerryMetadata(writes=writes))
     seen: list[bool] = []
     stream.enqueue(lambda: seen.append(bool(simulation.raw[:, blocks[: 4 * CHUNK // BLOCK]].all())))
     stream.synchronize()

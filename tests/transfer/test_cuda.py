@@ -43,6 +43,16 @@ def arena() -> memoryview:
     return memoryview(memory)
 
 
+def pinned(pool: torch.Tensor, arena: memoryview) -> tuple[Copier, CopyEngine]:
+    """Of a pool of one layer, and parts of 16 blocks. All of the arena is registered, or cannot be."""
+    layout = read_regions([(pool, (0,))], 1, "test")
+    assert isinstance(layout, Layout)
+    copier = Copier(torch.device("cuda", 0), arena)
+    assert copier.cuda is not None
+    assert copier.cuda.pin(30)
+    return copier, CopyEngine(layout, copier, 16)
+
+
 @pytest.mark.parametrize("is_in_runs", [True, False], ids=["runs", "single pages"])
 @pytest.mark.parametrize("page_bytes", [4096, 65_536, 4096 + 8])
 def test_bytes_stay_right_while_the_device_computes(page_bytes: int, is_in_runs: bool, arena: memoryview) -> None:
@@ -98,12 +108,7 @@ def test_a_way_that_fails_is_replaced_by_the_next_and_named_once(
     way["runs"] = (RunLoads, "_copy")
     monkeypatch.setattr(*way[broken], fail)
     pool = torch.randint(0, 255, (64, 4096 if broken == "kernel" else 1 << 16), dtype=torch.uint8, device="cuda")
-    layout = read_regions([(pool, (0,))], 1, "test")
-    assert isinstance(layout, Layout)
-    copier = Copier(torch.device("cuda", 0), arena)
-    assert copier.cuda is not None
-    assert copier.cuda.pin(30)
-    engine = CopyEngine(layout, copier, 16)
+    copier, engine = pinned(pool, arena)
     now = mark(torch.cuda.current_stream())
     kept = pool.clone()
     for _ in range(2):
@@ -121,12 +126,8 @@ def test_runs_in_two_registered_pieces_from_within_a_pass_and_beside_it(
 ) -> None:
     """Engines run passes in inference mode; threads beside them are not in it."""
     pool = torch.randint(0, 255, (64, 1 << 16), dtype=torch.uint8, device="cuda")
-    layout = read_regions([(pool, (0,))], 1, "test")
-    assert isinstance(layout, Layout)
-    copier = Copier(torch.device("cuda", 0), arena)
+    copier, engine = pinned(pool, arena)
     assert copier.cuda is not None
-    assert copier.cuda.pin(30)
-    engine = CopyEngine(layout, copier, 16)
     at = PIECE_BYTES - (5 << 16) - 4096  # not even at a page
     engine.submit(Direction.FROM_POOL, [PartBlocks(at, 0, range(16))], mark(torch.cuda.current_stream())).wait()
     for in_pass in (True, False, True):
@@ -135,7 +136,7 @@ def test_runs_in_two_registered_pieces_from_within_a_pass_and_beside_it(
             engine.submit(Direction.TO_POOL, [PartBlocks(at, 0, range(63, 31, -2))], mark(torch.cuda.current_stream()))
             torch.cuda.synchronize()
         assert torch.equal(pool[range(63, 31, -2)], pool[:16])
-    assert copier.cuda._runs._placed, "this way was taken"
+    assert copier.cuda._runs._seen is not None, "this way was taken"
     copier.close()
     assert not caplog.records
 

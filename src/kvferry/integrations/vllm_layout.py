@@ -93,17 +93,13 @@ def read_layouts(
                 return UnknownLayout(f"{name} has {page_bytes} bytes a block and {_content_bytes(spec)} by its spec")
             views += [(view, (layer,)) for view in pages]
         tokens = chunk_tokens if group.kind is GroupKind.STATE else group.tokens_per_block
-        layout = _proved(read_regions(_joined(views), tokens, _content(group, [view for view, _ in views])))
+        layout = read_regions(_joined(views), tokens, _content(group, [view for view, _ in views]))
         if isinstance(layout, UnknownLayout):
             return layout
+        if not self_test(layout):
+            return UnknownLayout("bytes written to the blocks were not found where they should be")
         layouts.append(layout)
     return layouts
-
-
-def _proved(layout: Layout | UnknownLayout) -> Layout | UnknownLayout:
-    if isinstance(layout, Layout) and not self_test(layout):
-        return UnknownLayout("bytes written to the blocks were not found where they should be")
-    return layout
 
 
 def _read_spec(spec: Any) -> tuple[GroupKind, int | None, Callable[[int], int]] | UnknownLayout:

@@ -60,8 +60,8 @@ class RunLoads:
         self._cut = cut
         self._send = send
         self._buffer: int | None = None
-        self._placed: list[Any] = []
-        """Events by half of the buffer: it is free again."""
+        self._placed: list[Any] = [None, None]
+        """Events by half of the buffer: it is free again. None: it was never used."""
         self._seen: Any = None
         """An event of the other stream: the last piece was sent."""
         self._works = True
@@ -71,9 +71,11 @@ class RunLoads:
     def copy(self, plan: Plan, stream: Any) -> bool:
         """Whether these copies are made this way, and are enqueued: after what `stream` was given so far, as far as
         their destinations are concerned, and before what it is given from now on."""
-        if len(plan.sizes) and int(plan.sizes.max()) > _LONGEST_PAGE_BYTES:
+        if not (self._works and len(plan.sizes)):
+            return False
+        if int(plan.sizes.max()) > _LONGEST_PAGE_BYTES:
             plan = plan.cut_at_edges(plan.sources, 0, _LONGEST_PAGE_BYTES)
-        if not (self._works and _has_runs(plan) and self._pages.can_move(plan)):
+        if not (_has_runs(plan) and self._pages.can_move(plan)):
             return False
         try:
             with self._lock:
@@ -102,13 +104,13 @@ class RunLoads:
             bounds = zip(itertools.pairwise(run_heads), itertools.pairwise(heads.tolist()), strict=True)
             for piece, (of_runs, of_pages) in enumerate(bounds):
                 half = piece % 2
-                for event in self._placed[half : half + 1]:
-                    self._wire.wait_event(event)
+                if self._placed[half] is not None:
+                    self._wire.wait_event(self._placed[half])
                 self._send(runs.only(slice(*of_runs)), self._wire)
                 stream.wait_event(self._wire.record_event())
                 self._seen = stream.record_event()
                 place(*of_pages)
-                self._placed[half : half + 1] = [stream.record_event()]
+                self._placed[half] = stream.record_event()
 
 
 def _has_runs(plan: Plan) -> bool:

@@ -13,6 +13,7 @@ from kvferry.offload.metadata import CopyJob, PartCopy
 from kvferry.offload.mover import Mover
 from kvferry.store.store import Store
 from kvferry.testing.block_store import CHUNK_TOKENS, bytes_of, copy_in, full_geometry, keys_of, register
+from kvferry.transfer.copy import mark
 from kvferry.transfer.layout import Layout, PoolSpec, read_pool_tensor
 from kvferry.transfer.plan import Direction
 
@@ -81,7 +82,7 @@ def test_a_pass_waits_on_the_device(load: Load, layout: Layout, is_ordered: bool
     assert mover._copier.cuda is not None
     with torch.cuda.stream(mover._copier.cuda.streams[Direction.TO_POOL]):
         torch.cuda._sleep(2_000_000_000)  # a second, before which no copy begins
-    assert mover.load_ahead(job, stream)
+    assert mover.load_ahead(job, mark(stream))
     assert not mover.take_ended()
     if is_ordered:
         mover.order_after_loads(stream)

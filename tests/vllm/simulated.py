@@ -48,6 +48,8 @@ from kvferry.testing.late_device import Event, LateCopier, LateDevice, mark
 BLOCK, CHUNK, WINDOW, LAYERS = 4, 8, 10, 3
 _NAMES = 1 << 40
 _ATTENTION: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 1, "dtype": torch.int64}
+_STOP_TOKENS = [2]
+"""A request ends when vLLM hears of one, and may be in a pass by then that was planned before."""
 _PAGE = BLOCK * 2
 """Elements of a block of one layer: a key and a value a token."""
 
@@ -132,8 +134,8 @@ class Simulation:
         self.stream = self.device.stream() if self.device is not None else None
         self._is_second_runner = self.choose.random() < 0.3 if is_second_runner is None else is_second_runner
         self._patches = ExitStack()
-        for where in ("kvferry.transfer.copy.mark", "kvferry.offload.mover.mark") if is_late else ():
-            self._patches.enter_context(patch(where, mark))
+        for module in ("transfer.copy", "offload.mover", "integrations.vllm_worker") if is_late else ():
+            self._patches.enter_context(patch(f"kvferry.{module}.mark", mark))
         adapter = "kvferry.integrations.vllm"
         self._patches.enter_context(patch(f"{adapter}._stream", lambda: self.stream))
         self._context: SimpleNamespace | None = None
@@ -157,6 +159,7 @@ class Simulation:
                 "kv_connector_extra_config": {"chunk_tokens": CHUNK, "l1_size_gb": 0.002, "async_load": "always"},
             },
         ).create_engine_config()
+        config.scheduler_config.async_scheduling = overlap  # which vLLM does not do on a CPU
         config.cache_config.block_size, config.cache_config.num_gpu_blocks = BLOCK, num_blocks
         config.cache_config.mamba_cache_mode = "align" if "state" in kinds else "none"
         config.cache_config.enable_prefix_caching = True
@@ -193,7 +196,7 @@ class Simulation:
         return [self.raw[layer, :, :1]] if kind == "state" else self.raw[layer].view(-1, 1, BLOCK, 2)
 
     def add(self, name: str, prompt: list[int], num_tokens: int, salt: str | None = None) -> None:
-        sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0)
+        sampling = SamplingParams(max_tokens=num_tokens, temperature=0, stop_token_ids=_STOP_TOKENS)
         request = Request(name, prompt, sampling, None, block_hasher=self._hasher, cache_salt=salt)
         self.scheduler.add_request(request)
         self._tokens[name] = list(prompt)

@@ -12,6 +12,7 @@ from simulated import BLOCK, CHUNK, LAYERS, Simulation
 
 from kvferry.integrations.vllm_messages import FerryMetadata
 from kvferry.testing.late_device import LateDevice, Stream
+from kvferry.transfer.plan import Direction
 
 GROUPS = {
     "full": ("full",),
@@ -134,6 +135,65 @@ def test_blocks_that_are_loaded_for_who_does_not_use_them_are_written_to_later(
     monkeypatch.undo()
     finish(simulation)
     simulation.close()
+
+
+@pytest.mark.parametrize("is_deferred", [True, False])
+def test_vllm_gives_no_block_that_a_pass_under_way_uses(
+    llama: Path, is_deferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loads wait for no pass, so it must not: it would break the check of bytes here."""
+    simulation, prompt = stalled(llama, 11, monkeypatch)
+    assert simulation.scheduler.defer_block_free
+    simulation.scheduler.defer_block_free = is_deferred
+    simulation.add("ended", [5] * (CHUNK - 1), 1)  # it has nothing to save, which would keep its blocks
+    simulation.step()
+    simulation.abort("ended")
+    simulation.add("again", prompt, 1)
+    if is_deferred:
+        finish(simulation)
+        assert simulation.half.stats()["load_tokens_memory"] == 5 * CHUNK - BLOCK
+    else:
+        with pytest.raises(AssertionError, match="full lacks token 0 of"):
+            finish(simulation)
+    simulation.close()
+
+
+def test_a_load_waits_for_no_pass(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation, prompt = stalled(llama, 32, monkeypatch)
+    simulation.add("other", [2, 3], 12)
+    simulation.step()
+    assert simulation.stream is not None
+    passed = simulation.stream.record_event()
+    loaded: list[bool] = []
+    run, end = simulation.copies.run, simulation.copies._end
+
+    def load(job_id: int, **how: bool) -> None:
+        end(job_id, **how)
+        loaded.append(passed.is_past)
+
+    monkeypatch.setattr(simulation.copies, "_end", load)
+    monkeypatch.setattr(simulation.copies, "run", lambda *_: run(1.0))
+    simulation.add("again", prompt, 1)
+    simulation.step()
+    assert loaded == [False]
+    monkeypatch.undo()
+    finish(simulation)
+    simulation.close()
+
+
+def stalled(llama: Path, num_blocks: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Simulation, list[int]]:
+    """Passes happen when they are waited for, and loads before them if they may. The prompt that is returned can be
+    loaded, and is in no block."""
+    simulation = Simulation(llama, GROUPS["full"], num_blocks, 0, overlap=True, is_late=True, is_second_runner=False)
+    prompt = [7 * at % 48 + 2 for at in range(5 * CHUNK)]
+    simulation.add("first", prompt, 1)
+    finish(simulation)
+    assert simulation.scheduler.reset_prefix_cache()
+    mover, device = simulation.worker._worker._mover, simulation.device
+    assert device is not None
+    device.prefer(mover._copier.cuda.streams[Direction.TO_POOL])
+    monkeypatch.setattr(device, "run", lambda _share: None)
+    return simulation, prompt
 
 
 @pytest.mark.parametrize("is_second_runner", [False, True])

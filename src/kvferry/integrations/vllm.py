@@ -161,7 +161,7 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._worker.start_loads(_stream())
+            self._worker.start_loads()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         if self._worker is not None:

@@ -25,6 +25,7 @@ from kvferry.offload.metadata import LoadEnd
 from kvferry.offload.mover import ArenaFollower, Mover
 from kvferry.offload.stores import RankStore
 from kvferry.store.arena import Arena
+from kvferry.transfer.copy import mark
 from kvferry.transfer.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class WorkerHalf(ArenaFollower):
         """Requests whose load failed since the last report."""
         self._finished: set[int] = set()
         """Requests whose blocks wait for the end of their saves."""
+        self._loads_after: Any = None
+        """Marks work that the step's loads come after."""
         self._blocks: dict[int, list[int]] = {}
         """Where each load under way goes, for versions of vLLM that are told of blocks and not of requests."""
         self._failed_blocks: set[int] = set()
@@ -118,6 +121,10 @@ class WorkerHalf(ArenaFollower):
         self._by_layer = is_ahead and by_layer and self._may_wait_by_layer
         if metadata.writes or not (self._by_layer or metadata.is_empty):
             self._order_after_loads(stream)
+        # vLLM gives blocks to a load once no pass under way uses them (`Scheduler.defer_block_free`), of whole requests
+        # and not of drafts. But it may have zeroed them just now.
+        is_free = self._one_pass_a_step and self._keeps_blocks and not metadata.writes
+        self._loads_after = None if is_free else mark(stream)
         self._metadata, self._is_empty = metadata, metadata.is_empty
         self._names |= metadata.names
         self._finished.update(metadata.finished)
@@ -139,6 +146,11 @@ class WorkerHalf(ArenaFollower):
             self._mover.flush(jobs)
 
     @property
+    def _keeps_blocks(self) -> bool:
+        """Whether requests keep all their blocks for as long as they run."""
+        return all(group.kind is GroupKind.FULL for group in self._groups)
+
+    @property
     def _may_wait_by_layer(self) -> bool:
         """Whether each layer of a pass reads its blocks after it has called the hook, and nothing else reads any."""
         return bool(self._layers) and not self._silent
@@ -154,7 +166,7 @@ class WorkerHalf(ArenaFollower):
         if self._mover is not None:
             self._mover.order_after_loads(stream)
 
-    def start_loads(self, stream: Any) -> None:
+    def start_loads(self) -> None:
         """Begin the step's loads, of requests that are not in its pass."""
         for number, block_ids in self._metadata.lost.items():
             self._blocks[number] = block_ids
@@ -165,11 +177,11 @@ class WorkerHalf(ArenaFollower):
             if self._mover is None:
                 self._end_load(number, ok=False)
                 continue
-            if self._metadata.is_idle and not self._writes_early and self._mover.load_ahead(job, stream):
+            if self._metadata.is_idle and not self._writes_early and self._mover.load_ahead(job, self._loads_after):
                 self._end_load(number, ok=True)
                 continue
             self._loads[job.job_id] = number
-            self._mover.load_beside(job, stream)
+            self._mover.load_beside(job, self._loads_after)
 
     def start_saves(self, stream: Any) -> None:
         """Begin to save what the step's pass, as far as `stream` was given it, completes."""

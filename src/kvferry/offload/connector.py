@@ -27,6 +27,7 @@ from kvferry.offload.planner import Planner
 from kvferry.offload.pools import read_group, read_pool
 from kvferry.offload.stores import RankStore, open_for_rank, open_for_scheduler
 from kvferry.store.arena import Arena
+from kvferry.transfer.copy import mark
 from kvferry.transfer.layout import Layout, UnknownLayout
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ class KVFerryConnectorWorker(ArenaFollower, KvCacheConnectorWorker):
             beside, self._async_loads = self._async_loads, []
             for load in beside:
                 self._beside.loads[load.job.job_id] = load.request_id
-                self._mover.load_beside(load.job, stream)
+                self._mover.load_beside(load.job, mark(stream))
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
         """Whether the loads went well is seen at the end of the pass, which is when the engine can be told."""

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,6 +87,8 @@ class Mover:
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
         self._ahead: list[Copy] = []
         self._load_ends: deque[LoadEnd] = deque(maxlen=_MOST_LOAD_ENDS)
+        self._loads_wait_until = 0.0
+        """When passes last gave blocks free that loads waited for: how long that took says nothing of loads."""
         self._locks: dict[int, SlotLock] = {}
         """By job id, from a job's first copy to its last."""
 
@@ -110,27 +112,26 @@ class Mover:
 
     # -- beside the passes; `take_ended` reports each job once -------------------------------------------------------
 
-    def load_beside(self, job: CopyJob, stream: Any) -> None:
-        """Copy into the pool once the slots are filled, after the work that `stream` was given so far."""
-        load = partial(self._load, job, mark(stream))
-        task = Task(job.job_id, partial(self._timed, job.job_id, time.monotonic(), load))
+    def load_beside(self, job: CopyJob, after: Any) -> None:
+        """Copy into the pool once the slots are filled, after the work that `after` marks (`transfer.copy.mark`)."""
+        task = Task(job.job_id, partial(self._load, job, after, time.monotonic()))
         if job.ready:
             self._loads.submit(task)
         else:
             self._loads.wait_for(task, lambda: self._readiness(job), self._ready_seconds)
 
-    def load_ahead(self, job: CopyJob, stream: Any) -> bool:
+    def load_ahead(self, job: CopyJob, after: Any) -> bool:
         """Like `load_beside`, for blocks that count as filled at once: every later pass is to be ordered by
         `order_after_loads`, and waits on the device while its kernels are being launched. False, and nothing has begun:
         copies are not in the order of a device's work here, or the load cannot be made."""
         if self._copier.cuda is None or not job.ready:
             return False
         since = time.monotonic()
-        copies = self._submit(Direction.TO_POOL, job, self._groups, mark(stream))
+        copies = self._submit(Direction.TO_POOL, job, self._groups, after)
         if copies is None:
             return False
         self._ahead += copies
-        self._loads.submit(Task(job.job_id, partial(self._timed, job.job_id, since, lambda _: self._end(job, copies))))
+        self._loads.submit(Task(job.job_id, lambda _: self._end_load(job, copies, since)))
         return True
 
     def order_after_loads(self, stream: Any) -> None:
@@ -188,15 +189,20 @@ class Mover:
         self._saves.close()
         self._copier.close()
 
-    def _timed(self, job_id: int, since: float, load: Callable[[bool], bool], wanted: bool) -> bool:
+    def _load(self, job: CopyJob, after: Any, since: float, wanted: bool) -> bool:
         """The body of a load's task."""
-        ok = load(wanted)
-        self._load_ends.append(LoadEnd(job_id, time.monotonic() - since, ok))
-        return ok
+        with contextlib.suppress(Exception):  # the copies meet it again
+            if wanted and after is not None and not after.query():
+                after.synchronize()
+                self._loads_wait_until = time.monotonic()
+        copies = self._submit(Direction.TO_POOL, job, self._groups, after) if wanted else None
+        return self._end_load(job, copies, max(since, self._loads_wait_until))
 
-    def _load(self, job: CopyJob, after: Any, wanted: bool) -> bool:
-        """The body of a load's task."""
-        return self._end(job, self._submit(Direction.TO_POOL, job, self._groups, after) if wanted else None)
+    def _end_load(self, job: CopyJob, copies: list[Copy] | None, since: float) -> bool:
+        """The end of a load's task."""
+        ok = self._end(job, copies)
+        self._load_ends.append(LoadEnd(job.job_id, time.monotonic() - since, ok))
+        return ok
 
     def _save(self, job: CopyJob, written: Any, end: PassEnd, wanted: bool) -> bool:
         """The body of a save's task."""

@@ -194,17 +194,17 @@ def test_passes_that_are_quicker_than_expected_leave_no_queue_behind() -> None:
 @pytest.mark.parametrize("pass_tokens", [2048, 8192])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_storm_ends_as_soon_as_both_queues_can(depth: int, pass_tokens: int, num_hits: int) -> None:
-    """In an engine that plans a pass when the one `depth` before it has ended, and asks about no more requests than a
-    pass has room for."""
+    """In an engine that plans a pass when the one `depth` before it has ended, asks about no more requests than a pass
+    has room for, and hears of loads what its workers knew at the pass before."""
     world = World(10_000, STORM)
     world.learn(MEMORY)
     started, compute_seconds, load_seconds = world.now, 2048 / 10_000, 2048 / 140_000
     pass_ends, loads_end, loading, left = [started] * depth, started, deque[tuple[float, LoadEnd]](), dict[int, int]()
-    waiting = deque(range(num_hits))
+    waiting, heard_until = deque(range(num_hits)), started
     while waiting or left:
-        world.now = max(world.now, pass_ends[-depth])
-        while loading and loading[0][0] <= world.now:
+        while loading and loading[0][0] <= heard_until:
             world.cost.end([loading.popleft()[1]])
+        heard_until = world.now = max(world.now, pass_ends[-depth])
         scheduled = {}
         while (room := pass_tokens - sum(scheduled.values())) and (left.keys() - scheduled or waiting):
             request = next((of for of in left if of not in scheduled), None)
@@ -325,6 +325,19 @@ def test_a_tier_that_is_never_idle_is_measured_too() -> None:
         if len(jobs) == 2:
             world.cost.end([LoadEnd(jobs.pop(0), 0.1, ok=True)])
     assert world.gauge("load_bytes_per_second_memory") == pytest.approx(10 * MB / 0.05, rel=0.2)
+
+
+def test_a_tier_that_stands_still_is_not_waited_for() -> None:
+    world = World(10_000, {MEMORY: 1e9})
+    world.learn(MEMORY)
+    num_taken = 0
+    for _ in range(1000):
+        world.now += 0.01
+        if (taken := world.loads(hit(1000))) is not None:
+            world.cost.begin(world.promise(taken))
+            num_taken += 1
+    of_a_second, tried_again = 100, 1000 // 64
+    assert num_taken <= 1.1 * of_a_second + tried_again + 2
 
 
 def test_a_load_that_nobody_ever_reports_is_forgotten() -> None:

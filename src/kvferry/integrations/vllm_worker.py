@@ -121,10 +121,10 @@ class WorkerHalf(ArenaFollower):
         self._by_layer = is_ahead and by_layer and self._may_wait_by_layer
         if metadata.writes or not (self._by_layer or metadata.is_empty):
             self._order_after_loads(stream)
-        # vLLM gives blocks to a load once no pass under way uses them (`Scheduler.defer_block_free`), of whole requests
-        # and not of drafts. But it may have zeroed them just now.
-        is_free = self._one_pass_a_step and self._keeps_blocks and not metadata.writes
-        self._loads_after = None if is_free else mark(stream)
+        # vLLM frees the blocks of a request that ended once no pass uses them (`Scheduler.defer_block_free`), drafts aside.
+        # What it gives to a load it may have zeroed in this step.
+        all_full = all(group.kind is GroupKind.FULL for group in self._groups)
+        self._loads_after = None if all_full and self._one_pass_a_step and not metadata.writes else mark(stream)
         self._metadata, self._is_empty = metadata, metadata.is_empty
         self._names |= metadata.names
         self._finished.update(metadata.finished)
@@ -144,11 +144,6 @@ class WorkerHalf(ArenaFollower):
         jobs = [job_id for job_id, request in self._saves.items() if request in preempted]
         if self._mover is not None and jobs:
             self._mover.flush(jobs)
-
-    @property
-    def _keeps_blocks(self) -> bool:
-        """Whether requests keep all their blocks for as long as they run."""
-        return all(group.kind is GroupKind.FULL for group in self._groups)
 
     @property
     def _may_wait_by_layer(self) -> bool:

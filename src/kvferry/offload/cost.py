@@ -2,7 +2,8 @@
 
 A hit is loaded unless it is expected to take longer than to compute its tokens:
 
-    load     a fixed cost + for each tier, (bytes from it + bytes from it that are in flight) / its speed
+    load     a fixed cost + for each tier, (bytes from it + bytes from it that are in flight) / its speed, less the time
+             since what is known of those: engines hear of loads a pass or two after their end
     compute  (its tokens + tokens that other requests are still to compute) / the speed of prefill
 
 Both are queues, so a storm of hits fills them in proportion to their speeds.
@@ -51,6 +52,9 @@ _BUSY_SECONDS = 0.5
 
 _RETRY_SECONDS, _RETRY_DECISIONS = 30.0, 64
 """A tier whose hits are computed is tried again after so long or so many."""
+
+_UNHEARD_SECONDS = 1.0
+"""An engine that has not heard of a tier's loads for longer does not count on it that they have ended."""
 
 _LOST_SECONDS = 30.0
 """A load that nobody reported by then does not count as in flight any more: its worker or its store has gone."""
@@ -198,6 +202,8 @@ class _Link:
     """What is known of one tier."""
 
     speed: Speed = field(default_factory=Speed)
+    known_until: float = -math.inf
+    """The last of its loads that is known to have ended did so then."""
     busy: _Busy = field(default_factory=_Busy)
     trials: _Trials = field(default_factory=_Trials)
 
@@ -267,8 +273,13 @@ class CostModel:
         seconds = _LOAD_SECONDS
         for tier, number in hit.num_bytes.items():
             if number and (speed := self._links[tier].speed.value):
-                seconds += (number + self._in_flight[tier]) / speed
+                seconds += number / speed + max(0.0, self._in_flight[tier] / speed - self._unheard_seconds(tier))
         return seconds
+
+    def _unheard_seconds(self, tier: Tier) -> float:
+        """How long a tier has been loading since it was known how much is in flight: as one that loads should have."""
+        unheard = self._clock() - max(self._links[tier].known_until, self._first_begun(tier))
+        return min(max(0.0, unheard), _UNHEARD_SECONDS)
 
     def _has_room(self, hit: Hit) -> bool:
         """Whether a load may join those in flight: beyond the limit only if it is known to win. One may always load."""
@@ -343,12 +354,13 @@ class CostModel:
     def _measure(self, flight: _Flight, end: LoadEnd) -> None:
         """Loads of one tier share its speed, so it is measured over all that follow each other without a gap."""
         tier, now = flight.tier, flight.since + end.seconds
-        busy, first_begun = self._links[tier].busy, self._first_begun(tier)
+        link, busy, first_begun = self._links[tier], self._links[tier].busy, self._first_begun(tier)
+        link.known_until = max(link.known_until, now)
         busy.num_bytes += flight.hit.num_bytes[tier]
         busy.has_failures |= not end.ok
         if first_begun >= now or now - busy.since >= _BUSY_SECONDS:
             self._observe(tier, busy.num_bytes, now - busy.since, ok=not busy.has_failures)
-            self._links[tier].busy = _Busy(max(now, first_begun))
+            link.busy = _Busy(max(now, first_begun))
 
     def waited(self, hit: Hit, seconds: float, *, ok: bool) -> None:
         """The planner itself waited for lower tiers."""

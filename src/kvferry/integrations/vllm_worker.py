@@ -121,7 +121,7 @@ class WorkerHalf(ArenaFollower):
         self._by_layer = is_ahead and by_layer and self._may_wait_by_layer
         if metadata.writes or not (self._by_layer or metadata.is_empty):
             self._order_after_loads(stream)
-        # vLLM frees the blocks of a request that ended once no pass uses them (`Scheduler.defer_block_free`), drafts aside.
+        # vLLM frees blocks of a request that ended once no pass uses them (`Scheduler.defer_block_free`), drafts aside.
         # What it gives to a load it may have zeroed in this step.
         all_full = all(group.kind is GroupKind.FULL for group in self._groups)
         self._loads_after = None if all_full and self._one_pass_a_step and not metadata.writes else mark(stream)

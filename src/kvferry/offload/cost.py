@@ -278,8 +278,8 @@ class CostModel:
 
     def _unheard_seconds(self, tier: Tier) -> float:
         """How long a tier has been loading since it was known how much is in flight: as one that loads should have."""
-        unheard = self._clock() - max(self._links[tier].known_until, self._first_begun(tier))
-        return min(max(0.0, unheard), _UNHEARD_SECONDS)
+        since = max(self._links[tier].known_until, self._first_begun(tier))
+        return min(max(0.0, self._clock() - since), _UNHEARD_SECONDS)
 
     def _has_room(self, hit: Hit) -> bool:
         """Whether a load may join those in flight: beyond the limit only if it is known to win. One may always load."""
@@ -386,8 +386,7 @@ class CostModel:
 
     def _first_begun(self, tier: Tier) -> float:
         """When the first of the tier's loads under way began; infinite if there is none."""
-        begun = (flight.since for flight in self._flights.values() if flight.has_begun and flight.tier is tier)
-        return min(begun, default=math.inf)
+        return min((of.since for of in self._flights.values() if of.has_begun and of.tier is tier), default=math.inf)
 
     def _drop_lost(self) -> None:
         since = self._clock() - _LOST_SECONDS

@@ -233,10 +233,8 @@ class CudaCopier:
     """
 
     def __init__(self, device: torch.device, arena: torch.Tensor) -> None:
-        # Kernels that place loaded pages go before those of passes, which keep the device for milliseconds: they take
-        # microseconds, and the wire stands still while they wait.
-        loads, saves, self._wire = (torch.cuda.Stream(device, of) for of in (-1, 0, 0))  # type: ignore[no-untyped-call]
-        self.streams = {Direction.TO_POOL: loads, Direction.FROM_POOL: saves}
+        self.streams = {way: torch.cuda.Stream(device) for way in Direction}  # type: ignore[no-untyped-call]
+        self._wire, echo = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
         self._runtime = Runtime(device)
         self._pieces = PinnedPieces(self._runtime, arena.data_ptr(), arena.numel())
         self._device = device
@@ -250,6 +248,7 @@ class CudaCopier:
         self._buffers: list[torch.Tensor] = []
         self._runs = RunLoads(
             self._wire,
+            echo,
             self._allocate,
             self._kernel,
             lambda plan: self._pieces.cut(plan, plan.sources),

@@ -49,7 +49,7 @@ class Rig:
         self.sent: list[int] = []
         self.arrived: list[bool] = []
         self.pages = Pages()
-        self.loads = RunLoads(self.wire, self.device.stream(), self.allocate, self.pages, self.cut, self.send)
+        self.loads = RunLoads(self.wire, self.allocate, self.pages, self.cut, self.send)
 
     def allocate(self, num_bytes: int) -> int:
         self.buffers.append(np.zeros(num_bytes, np.uint8))
@@ -133,20 +133,7 @@ def test_runs_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(rig.sent) < 40
 
 
-def test_the_wire_goes_on_while_a_pass_keeps_the_kernels_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = Rig(0, monkeypatch)
-    pass_ends = rig.device.stream()
-    rig.stream.wait_event(pass_ends.record_event())
-    for _ in range(runs.NUM_PLACES):
-        rig.loads.copy(rig.plan(2), rig.stream)
-    assert len(rig.sent) == runs.NUM_PLACES
-    rig.device.prefer(rig.wire)
-    while rig.wire.work:
-        rig.device.run_one()
-        assert pass_ends.work, "the pass has ended"
-
-
-@pytest.mark.parametrize("num_pages", [44, 50])
+@pytest.mark.parametrize("num_pages", [44, 50], ids=["an even number of pieces", "an odd one"])
 def test_the_wire_is_idle_for_a_moment_between_two_loads(num_pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(0, monkeypatch)
     rig.device.prefer(rig.wire)

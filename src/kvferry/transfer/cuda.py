@@ -234,7 +234,7 @@ class CudaCopier:
 
     def __init__(self, device: torch.device, arena: torch.Tensor) -> None:
         self.streams = {way: torch.cuda.Stream(device) for way in Direction}  # type: ignore[no-untyped-call]
-        self._wire, echo = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._wire = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._runtime = Runtime(device)
         self._pieces = PinnedPieces(self._runtime, arena.data_ptr(), arena.numel())
         self._device = device
@@ -248,7 +248,6 @@ class CudaCopier:
         self._buffers: list[torch.Tensor] = []
         self._runs = RunLoads(
             self._wire,
-            echo,
             self._allocate,
             self._kernel,
             lambda plan: self._pieces.cut(plan, plan.sources),

@@ -25,9 +25,9 @@ from kvferry.transfer.plan import Plan
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES: Final = 64 << 20
-"""What is sent at once, into one half of the buffer. A kernel that places pages waits for one of a pass's to end, up to
-two milliseconds, whatever the priority of its stream, and the wire waits for the half. So an H200 that computes gets 13,
-22, 33 or 39 GB/s in pieces of 16, 32, 64 or 128 MiB, and nearly 50 in any if it does not."""
+"""What is sent at once, into one half of the buffer. A kernel that places pages waits for one of a pass's to end, up
+to two milliseconds, whatever the priority of its stream, and the wire waits for the half. An H200 that computes gets
+13, 22, 33 or 39 GB/s in pieces of 16, 32, 64 or 128 MiB, and nearly 50 in any while it does not."""
 _LONGEST_PAGE_BYTES: Final = 256 << 10
 """Longer ones are placed as several. A piece may exceed its size by less than this."""
 

@@ -1,8 +1,10 @@
-"""How long copies that others make wait while blocks are copied: 128 KiB to the GPU on a stream of their own.
+"""What copies of blocks and others on a GPU wait for each other.
 
 A copy engine that has more to do does not begin with what another stream was given, such as the inputs of a pass that
-waits for the blocks. Blocks have the shape of Llama 3 8B (32 layers, pages of 64 KiB for 16 tokens) and lie anywhere in
-the pool. Printed are medians of the copy's own times, and the longest of the other's. Needs a CUDA device.
+waits for the blocks: how long do 128 KiB wait? And kernels that place pages wait for those of a pass: how fast are
+copies while the device multiplies matrices? Blocks have the shape of Llama 3 8B (32 layers, pages of 64 KiB for 16
+tokens) and lie anywhere in the pool. Printed are medians of the copy's own times, and the longest of the other's. Needs
+a CUDA device.
 """
 
 from __future__ import annotations
@@ -40,7 +42,41 @@ class Other:
         return time.perf_counter() - start
 
 
-def measure(engine: CopyEngine, way: Direction, parts: list[PartBlocks], other: Other, num_rounds: int) -> str:
+class Pass:
+    """What a pass over 8,192 tokens keeps the device with: the larger products of two layers of that model, over and
+    over."""
+
+    def __init__(self) -> None:
+        self._hidden = torch.randn(8192, 4096, dtype=torch.bfloat16, device="cuda")
+        self._up = torch.randn(4096, 28672, dtype=torch.bfloat16, device="cuda")
+        self._down = torch.randn(28672, 4096, dtype=torch.bfloat16, device="cuda")
+        self._end = torch.cuda.Event()
+
+    def begin(self) -> None:
+        """For some 0.3 s of an H200."""
+        for _ in range(60):
+            torch.mm(torch.mm(self._hidden, self._up), self._down)
+        self._end.record()
+
+    @property
+    def goes_on(self) -> bool:
+        return not self._end.query()
+
+
+def seconds_beside(others: Pass, engine: CopyEngine, way: Direction, parts: list[PartBlocks]) -> float:
+    others.begin()
+    time.sleep(0.01)
+    start = time.perf_counter()
+    engine.submit(way, parts).wait()
+    seconds = time.perf_counter() - start
+    assert others.goes_on, "the device computed no longer than the copy took"
+    torch.cuda.synchronize()
+    return seconds
+
+
+def measure(
+    engine: CopyEngine, way: Direction, parts: list[PartBlocks], other: Other, others: Pass, num_rounds: int
+) -> str:
     submitting, copying, waiting = [], [], []
     for turn in range(num_rounds + 1):
         start = time.perf_counter()
@@ -59,9 +95,10 @@ def measure(engine: CopyEngine, way: Direction, parts: list[PartBlocks], other: 
         thread.join()
     num_bytes = sum(len(part.block_ids) for part in parts) * NUM_LAYERS * PAGE_BYTES
     rate = num_bytes / median(copying) / 1e9
+    beside = num_bytes / median(seconds_beside(others, engine, way, parts) for _ in range(num_rounds)) / 1e9
     return (
         f"submitted in {1e3 * median(submitting):5.1f} ms, "
-        f"copied in {1e3 * median(copying):5.1f} ms ({rate:.1f} GB/s), "
+        f"copied in {1e3 * median(copying):5.1f} ms ({rate:.1f} GB/s; {beside:.1f} beside a pass), "
         f"others wait {1e3 * max(waiting):5.2f} ms at most"
     )
 
@@ -85,7 +122,7 @@ def main() -> None:
     pool = torch.empty(NUM_LAYERS, most + most // 4, PAGE_BYTES, dtype=torch.uint8, device="cuda")
     layout = read_regions([(pages, (layer,)) for layer, pages in enumerate(pool)], TOKENS_PER_BLOCK, "benchmark")
     assert isinstance(layout, Layout)
-    engine, other = CopyEngine(layout, copier, BLOCKS_PER_PART), Other()
+    engine, other, others = CopyEngine(layout, copier, BLOCKS_PER_PART), Other(), Pass()
     print(torch.cuda.get_device_name())
     for num_tokens in arguments.tokens:
         num_parts = num_tokens // (TOKENS_PER_BLOCK * BLOCKS_PER_PART)
@@ -96,7 +133,8 @@ def main() -> None:
             for at, of_part in enumerate(ids.reshape(-1, BLOCKS_PER_PART))
         ]
         for way, name in ((Direction.TO_POOL, "to the GPU  "), (Direction.FROM_POOL, "from the GPU")):
-            print(f"{num_tokens:6,} tokens {name} {measure(engine, way, parts, other, arguments.rounds)}", flush=True)
+            measured = measure(engine, way, parts, other, others, arguments.rounds)
+            print(f"{num_tokens:6,} tokens {name} {measured}", flush=True)
     copier.close()
 
 

@@ -74,7 +74,7 @@ def pack(arena: Arena, free: bytearray, missing: Mapping[SlotClass, int], *, tig
 
     free: a 1 for each free unit. tight: slabs as short as can be, should longer ones not fit.
     """
-    if 1 not in free:
+    if sum(of.stride * count for of, count in missing.items()) > free.count(1) * arena.unit_bytes:
         return None
     free = bytearray(free)
     runs = []

@@ -117,9 +117,9 @@ def test_a_hit_is_cut_to_what_lies_nearer_where_that_wins() -> None:
 def test_loads_in_flight_make_a_hit_wait() -> None:
     world = World(10_000, {MEMORY: 1e9})
     world.learn(MEMORY)
-    jobs = [world.promise(taken) for _ in range(20) if (taken := world.loads(hit(1000))) is not None]
-    assert len(jobs) == 10, "1000 tokens compute in 100 ms, in which ten such hits load"
-    assert world.gauge("load_bytes_in_flight") == 100 * MB
+    jobs = [world.promise(taken) for _ in range(30) if (taken := world.loads(hit(1000))) is not None]
+    assert len(jobs) == 19, "1000 tokens compute in 100 ms, the half of the time in which 19 such hits load"
+    assert world.gauge("load_bytes_in_flight") == 190 * MB
     world.cost.drop(jobs[0])
     assert world.loads(hit(1000)) is not None
 
@@ -130,8 +130,7 @@ STORM = {MEMORY: 14 * 10_000 * TOKEN_BYTES}
 
 @pytest.mark.parametrize("limit_mb", [0, 8000])
 def test_a_storm_fills_both_queues_in_proportion_to_their_speeds(limit_mb: int) -> None:
-    """64 hits at once: both queues end within the time of computing one, and that of loads is never the longer one by
-    more."""
+    """64 hits at once. A wait for loads counts half, and is never the longer one by more than computing one."""
     world = World(10_000, STORM, max_load_bytes_in_flight=limit_mb * MB)
     world.learn(MEMORY)
     compute_seconds, load_seconds = 2048 / 10_000, 2048 / 140_000
@@ -144,9 +143,9 @@ def test_a_storm_fills_both_queues_in_proportion_to_their_speeds(limit_mb: int) 
             loading += load_seconds
         else:
             computing += compute_seconds
-        assert loading <= computing + compute_seconds + 0.005
+        assert loading / 2 <= computing + compute_seconds + 0.005
     assert world.gauge("tokens_to_compute") == pytest.approx(computing * 10_000)
-    assert (loading, computing) == (pytest.approx(60 * load_seconds), pytest.approx(4 * compute_seconds))
+    assert (loading, computing) == (pytest.approx(62 * load_seconds), pytest.approx(2 * compute_seconds))
     for request in range(64):
         world.cost.plan({request: 2000, "another": 2000})
         world.cost.plan({request: 100, "another": 2000})
@@ -170,10 +169,11 @@ def test_what_others_compute_is_time_to_load_what_lies_far() -> None:
     assert world.loads(whole, near) is near
     world.cost.expect("another", 7000)
     assert world.loads(whole, near) is whole
-    world.promise(whole)
+    for _ in range(2):
+        world.promise(whole)
     assert world.loads(whole, near) is near
     world.cost.plan({"another": 6990})
-    assert world.loads(hit(3000, DISK)) is None, "600 ms are in flight"
+    assert world.loads(hit(3000, DISK)) is None, "1.2 s are in flight"
     world.now += 0.7
     world.cost.plan({"another": 10})
     choice = world.cost.choose([hit(3000)])
@@ -190,41 +190,95 @@ def test_passes_that_are_quicker_than_expected_leave_no_queue_behind() -> None:
     assert world.cost.choose([hit(1000)]).compute_seconds <= 0.2 + 0.1
 
 
+class Storm:
+    """Hits of 2,048 tokens at once in an engine that plans a pass when the one `depth` before it has ended, asks about
+    no more requests than a pass has room for, and hears of loads what its workers knew at the pass before. slowed: the
+    share of its speed that the tier has while the engine computes."""
+
+    def __init__(self, world: World, depth: int, pass_tokens: int, slowed: float = 1.0) -> None:
+        self._world, self._depth, self._pass_tokens, self._slowed = world, depth, pass_tokens, slowed
+        self._loading: deque[tuple[int, float]] = deque()
+        """Jobs and when they began, in order; of the first of them `_left_bytes` are left."""
+        self._left_bytes = float(hit(2048).num_bytes[MEMORY])
+        self._ended: deque[tuple[float, LoadEnd]] = deque()
+        self._computes_until = 0.0
+
+    def seconds(self, num_hits: int) -> float:
+        world, started = self._world, self._world.now
+        pass_ends, heard_until, left = [started] * self._depth, started, dict[int, int]()
+        waiting = deque(range(num_hits))
+        while waiting or left:
+            self._hear(heard_until)
+            self._load_until(max(world.now, pass_ends[-self._depth]))
+            heard_until, scheduled = world.now, dict[int, int]()
+            while (room := self._pass_tokens - sum(scheduled.values())) and (left.keys() - scheduled or waiting):
+                request = next((of for of in left if of not in scheduled), None)
+                if request is not None:
+                    scheduled[request] = min(room, left[request])
+                    continue
+                request, taken = waiting.popleft(), world.loads(hit(2048))
+                world.cost.expect(request, 0 if taken else 2048)
+                if taken is None:
+                    left[request] = 2048
+                    continue
+                world.cost.begin(job := world.promise(taken))
+                self._loading.append((job, world.now))
+            world.cost.plan(scheduled)
+            left = {of: rest for of, number in left.items() if (rest := number - scheduled.get(of, 0))}
+            self._computes_until = max(world.now, pass_ends[-1]) + sum(scheduled.values()) / world.prefill_speed
+            pass_ends.append(self._computes_until)
+        while self._loading or world.now < self._computes_until:
+            self._load_until(max(world.now + 0.001, self._computes_until))
+        self._hear(world.now)
+        return world.now - started
+
+    def _load_until(self, until: float) -> None:
+        world = self._world
+        while self._loading:
+            computes = world.now < self._computes_until
+            end = min(until, self._computes_until) if computes else until
+            speed = world.speeds[MEMORY] * (self._slowed if computes else 1.0)
+            seconds = min(self._left_bytes / speed, end - world.now)
+            if seconds <= 0:
+                break
+            world.now += seconds
+            self._left_bytes -= seconds * speed
+            if self._left_bytes < 1:
+                job, began = self._loading.popleft()
+                self._ended.append((world.now, LoadEnd(job, world.now - began, ok=True)))
+                self._left_bytes = float(hit(2048).num_bytes[MEMORY])
+        world.now = max(world.now, until)
+
+    def _hear(self, until: float) -> None:
+        while self._ended and self._ended[0][0] <= until:
+            self._world.cost.end([self._ended.popleft()[1]])
+
+
 @pytest.mark.parametrize("num_hits", [64, 200])
 @pytest.mark.parametrize("pass_tokens", [2048, 8192])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_storm_ends_as_soon_as_both_queues_can(depth: int, pass_tokens: int, num_hits: int) -> None:
-    """In an engine that plans a pass when the one `depth` before it has ended, asks about no more requests than a pass
-    has room for, and hears of loads what its workers knew at the pass before."""
+def test_a_storm_ends_nearly_as_soon_as_both_queues_can(depth: int, pass_tokens: int, num_hits: int) -> None:
     world = World(10_000, STORM)
     world.learn(MEMORY)
-    started, compute_seconds, load_seconds = world.now, 2048 / 10_000, 2048 / 140_000
-    pass_ends, loads_end, loading, left = [started] * depth, started, deque[tuple[float, LoadEnd]](), dict[int, int]()
-    waiting, heard_until = deque(range(num_hits)), started
-    while waiting or left:
-        while loading and loading[0][0] <= heard_until:
-            world.cost.end([loading.popleft()[1]])
-        heard_until = world.now = max(world.now, pass_ends[-depth])
-        scheduled = {}
-        while (room := pass_tokens - sum(scheduled.values())) and (left.keys() - scheduled or waiting):
-            request = next((of for of in left if of not in scheduled), None)
-            if request is not None:
-                scheduled[request] = min(room, left[request])
-                continue
-            request, taken = waiting.popleft(), world.loads(hit(2048))
-            world.cost.expect(request, 0 if taken else 2048)
-            if taken is None:
-                left[request] = 2048
-                continue
-            world.cost.begin(job := world.promise(taken))
-            loads_end = max(loads_end, world.now) + load_seconds
-            loading.append((loads_end, LoadEnd(job, loads_end - world.now, ok=True)))
-        world.cost.plan(scheduled)
-        left = {of: rest for of, number in left.items() if (rest := number - scheduled.get(of, 0))}
-        pass_ends.append(max(world.now, pass_ends[-1]) + sum(scheduled.values()) / 10_000)
-    assert world.gauge("tokens_to_compute") == 0
+    seconds = Storm(world, depth, pass_tokens).seconds(num_hits)
+    assert world.gauge("tokens_to_compute") == world.gauge("load_bytes_in_flight") == 0
+    compute_seconds, load_seconds = 2048 / 10_000, 2048 / 140_000
     at_best = num_hits / (1 / compute_seconds + 1 / load_seconds)
-    assert max(loads_end, pass_ends[-1]) - started <= at_best + compute_seconds
+    assert seconds <= at_best + 1.5 * compute_seconds
+
+
+@pytest.mark.parametrize("slowed", [0.7, 0.5])
+@pytest.mark.parametrize("times_as_fast", [2, 4, 8])
+def test_where_computing_slows_loads_a_storm_takes_hardly_longer_than_to_load_all(
+    times_as_fast: int, slowed: float
+) -> None:
+    """Nor do later ones, which know how slow loads were."""
+    world = World(42_000, {MEMORY: times_as_fast * 42_000 * TOKEN_BYTES})
+    world.learn(MEMORY)
+    for _ in range(6):
+        assert Storm(world, 2, 8192, slowed).seconds(64) <= 1.25 * 64 * 2048 / (times_as_fast * 42_000)
+        world.now += 1.0
+        world.prefill(8192)
 
 
 def test_beyond_the_limit_a_storm_computes_what_is_not_known_to_win() -> None:
@@ -337,7 +391,7 @@ def test_a_tier_that_stands_still_is_not_waited_for() -> None:
             world.cost.begin(world.promise(taken))
             num_taken += 1
     of_a_second, tried_again = 100, 1000 // 64
-    assert num_taken <= 1.1 * of_a_second + tried_again + 2
+    assert num_taken <= 1.2 * of_a_second + tried_again + 2
 
 
 def test_a_load_that_nobody_ever_reports_is_forgotten() -> None:

@@ -151,7 +151,8 @@ def test_a_storm_beyond_the_limit_computes(tmp_path: Path) -> None:
 
 
 def test_a_storm_is_loaded_as_far_as_that_is_quicker_than_to_queue(tmp_path: Path) -> None:
-    """64 hits at once, loaded 14 times as fast as computed: both queues end within the time of computing one."""
+    """64 hits at once, loaded 14 times as fast as computed, and waits for loads count half: both queues end within the
+    time of computing one."""
     case = Case(tmp_path)
     tokens = prompt(40 * CHUNK + 1)
     case.keep(tokens)
@@ -161,7 +162,7 @@ def test_a_storm_is_loaded_as_far_as_that_is_quicker_than_to_queue(tmp_path: Pat
         assert case.load(tokens, load_seconds) == 40 * CHUNK
     requests = [FakeRequest(number, tokens) for number in range(64)]
     loaded = sum(case.admit(request) > 0 for request in requests)
-    assert abs(loaded * load_seconds - (64 - loaded) * compute_seconds) <= compute_seconds
+    assert abs(loaded * load_seconds / 2 - (64 - loaded) * compute_seconds) <= compute_seconds
     assert case.counted("load_bytes_in_flight") == loaded * 40 * PART_BYTES
     assert case.counted("tokens_to_compute") == (64 - loaded) * len(tokens) + loaded
     for request in requests[:32]:

@@ -57,10 +57,8 @@ class RunLoads:
         send: Callable[[Plan, Any], None],
     ) -> None:
         self._wire = wire
-        self._allocate = allocate
-        self._pages = pages
-        self._cut = cut
-        self._send = send
+        self._allocate, self._pages = allocate, pages
+        self._cut, self._send = cut, send
         self._buffer: int | None = None
         self._placed: list[Any] = [None, None]
         """Events by half of the buffer: it is free again. None: it was never used."""

@@ -88,7 +88,7 @@ class Mover:
         self._ahead: list[Copy] = []
         self._load_ends: deque[LoadEnd] = deque(maxlen=_MOST_LOAD_ENDS)
         self._loads_wait_until = 0.0
-        """When passes last gave blocks free that loads waited for: how long that took says nothing of loads."""
+        """When passes last left blocks that a load waited for. How long that took says nothing of loads."""
         self._locks: dict[int, SlotLock] = {}
         """By job id, from a job's first copy to its last."""
 

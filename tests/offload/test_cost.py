@@ -381,6 +381,21 @@ def test_a_tier_that_is_never_idle_is_measured_too() -> None:
     assert world.gauge("load_bytes_per_second_memory") == pytest.approx(10 * MB / 0.05, rel=0.2)
 
 
+def test_what_was_promised_first_and_begins_last_is_the_last_to_begin() -> None:
+    world = World(10_000, {MEMORY: 1e9}, max_load_bytes_in_flight=MB)
+    world.learn(MEMORY)
+    late, soon = world.promise(hit(1000)), world.promise(hit(1000))
+    world.cost.begin(soon)
+    world.now += 20
+    world.cost.begin(late)
+    for _ in range(2):
+        assert world.cost._first_begun(MEMORY) == pytest.approx(world.now - 20)
+        world.cost.choose([hit(1000)])
+    world.now += 15
+    world.cost.choose([hit(1000)])
+    assert world.gauge("load_bytes_in_flight") == 10 * MB, "of the other nobody reports any more"
+
+
 def test_a_tier_that_stands_still_is_not_waited_for() -> None:
     world = World(10_000, {MEMORY: 1e9})
     world.learn(MEMORY)

@@ -231,6 +231,7 @@ class CostModel:
         """When it should have ended."""
         self._links = {tier: _Link() for tier in Tier}
         self._flights: dict[int, _Flight] = {}
+        """By job id, in the order of `since`."""
         self._in_flight: Counter[Tier] = Counter()
 
     # -- decisions ---------------------------------------------------------------------------------------------------
@@ -337,8 +338,9 @@ class CostModel:
 
     def begin(self, job_id: int) -> None:
         """The movers were told of a load beside the passes."""
-        if (flight := self._flights.get(job_id)) is not None:
+        if (flight := self._flights.pop(job_id, None)) is not None:
             flight.since, flight.has_begun = self._clock(), True
+            self._flights[job_id] = flight
             busy = self._links[flight.tier].busy
             busy.since = min(busy.since, flight.since)
 
@@ -391,7 +393,7 @@ class CostModel:
 
     def _first_begun(self, tier: Tier) -> float:
         """When the first of the tier's loads under way began; infinite if there is none."""
-        return min((of.since for of in self._flights.values() if of.has_begun and of.tier is tier), default=math.inf)
+        return next((of.since for of in self._flights.values() if of.has_begun and of.tier is tier), math.inf)
 
     def _drop_lost(self) -> None:
         since = self._clock() - _LOST_SECONDS

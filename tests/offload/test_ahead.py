@@ -73,6 +73,19 @@ def test_on_a_cpu_there_is_no_order_to_rely_on(load: Load) -> None:
     end(mover, store)
 
 
+def test_a_load_whose_slots_cannot_be_locked_ends(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    mover, store, job, _ = load
+
+    def refuse(_slots: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(store.mapping, "begin_reading", refuse)
+    mover.load_beside(job, None)
+    mover.flush([job.job_id])
+    assert mover.take_ended() == {job.job_id: False}
+    end(mover, store)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and a CUDA build of torch")
 @pytest.mark.parametrize("is_ordered", [True, False])

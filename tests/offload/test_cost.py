@@ -396,6 +396,16 @@ def test_what_was_promised_first_and_begins_last_is_the_last_to_begin() -> None:
     assert world.gauge("load_bytes_in_flight") == 10 * MB, "of the other nobody reports any more"
 
 
+def test_what_has_not_begun_has_not_ended_unheard() -> None:
+    world = World(10_000, {MEMORY: 1e9})
+    world.learn(MEMORY)
+    world.cost.begin(world.promise(hit(1000)))
+    world.now += 0.5
+    for _ in range(40):
+        world.promise(hit(1000))
+    assert world.cost.choose([hit(10_000)]).load_seconds == pytest.approx(0.002 + 0.4 + 0.1)
+
+
 def test_a_tier_that_stands_still_is_not_waited_for() -> None:
     world = World(10_000, {MEMORY: 1e9})
     world.learn(MEMORY)

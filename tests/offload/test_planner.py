@@ -331,6 +331,18 @@ def test_after_a_missed_pass_a_request_is_left_alone(hand: Hand) -> None:
     assert hand.planner.meter.snapshot()["requests_not_followed"] == 1
 
 
+def test_a_request_that_is_left_alone_waits_for_its_saves(hand: Hand) -> None:
+    request = FakeRequest(1, prompt(CHUNK))
+    hand.admit(request)
+    (order,) = hand.first_pass(request, CHUNK).stores
+    request.tokens = [*request.tokens, 77]  # computed in a pass whose plan broke off
+    for computed in range(CHUNK + 1, 2 * CHUNK):
+        assert not hand.later_pass(request, computed, new_tokens=(78,)).stores
+    assert hand.planner.meter.snapshot()["requests_not_followed"] == 1
+    assert hand.planner.finished(request.request_id), "its blocks are being saved"
+    hand.store.done(order.job.job_id, 0, ok=True)
+
+
 def test_blocks_that_do_not_exist_are_never_saved(hand: Hand) -> None:
     request = FakeRequest(1, prompt(40))
     hand.admit(request)

@@ -137,11 +137,16 @@ def test_blocks_that_are_loaded_for_who_does_not_use_them_are_written_to_later(
     simulation.close()
 
 
-@pytest.mark.parametrize("is_deferred", [True, False])
+@pytest.mark.parametrize(
+    ("is_deferred", "is_alone"), [(True, True), (False, True), (False, False)], ids=["", "not so", "another's part"]
+)
 def test_vllm_gives_no_block_that_a_pass_under_way_uses(
-    llama: Path, is_deferred: bool, monkeypatch: pytest.MonkeyPatch
+    llama: Path, is_deferred: bool, is_alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loads wait for no pass, so it must not: it would break the check of bytes here."""
+    """Loads wait for no pass, so it must not: it would break the check of bytes here. It may where another connector
+    has this one inside, whose role is another; there loads wait."""
+    monkeypatch.setattr("kvferry.integrations.vllm.has_kv_transfer_group", lambda: not is_alone)
+    monkeypatch.setattr("kvferry.integrations.vllm.get_kv_transfer_group", object)
     simulation, prompt = stalled(llama, 11, monkeypatch)
     assert simulation.scheduler.defer_block_free
     simulation.scheduler.defer_block_free = is_deferred
@@ -149,7 +154,7 @@ def test_vllm_gives_no_block_that_a_pass_under_way_uses(
     simulation.step()
     simulation.abort("ended")
     simulation.add("again", prompt, 1)
-    if is_deferred:
+    if is_deferred or not is_alone:
         finish(simulation)
         assert simulation.half.stats()["load_tokens_memory"] == 5 * CHUNK - BLOCK
     else:

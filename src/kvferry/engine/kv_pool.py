@@ -88,8 +88,7 @@ class KvPool:
 
     def _make(self, group: LayerGroup) -> torch.Tensor:
         if group.snapshots is not None:
-            num_bytes = self.shape.state_bytes
-            return _zeros((group.snapshots.num_blocks, num_bytes), torch.uint8, self.device)
+            return _zeros((group.snapshots.num_blocks, self.shape.state_bytes), torch.uint8, self.device)
         elements = self.shape.num_heads * self.tokens_per_block * self.shape.head_dim
         size = (self.num_blocks, len(group.layers), KV_FACTOR, elements)
         return _zeros(size, self.shape.dtype, self.device)

@@ -17,6 +17,7 @@ import torch
 import vllm
 from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_events import KVCacheEvent
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
@@ -148,7 +149,10 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
         if isinstance(layouts, UnknownLayout):
             self._warn(layouts.reason)
             return
-        self._worker.register(self._groups, layouts, partial(engine_identity, self._vllm_config, vllm.__version__))
+        name_weights = partial(engine_identity, self._vllm_config, vllm.__version__)
+        # Another connector that has this one inside may have another role, by which vLLM's scheduler goes.
+        frees_late = not has_kv_transfer_group() or get_kv_transfer_group() is self
+        self._worker.register(self._groups, layouts, name_weights, frees_late=frees_late)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         if self._worker is not None:

@@ -135,8 +135,7 @@ class SchedulerHalf:
         self._loading.pop(request.request_id, None)
         may_load = self._roles.may_load and followed.may_load and not request.skip_reading_prefix_cache
         offer = self._planner.match(followed, num_computed_tokens, may_load=may_load)
-        is_taken = offer.is_ready or self._roles.may_wait
-        return (offer.num_tokens, offer.is_async) if is_taken else (0, False)
+        return (offer.num_tokens, offer.is_async) if offer.is_ready or self._roles.may_wait else (0, False)
 
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_external_tokens: int) -> None:
         """vLLM's `update_state_after_alloc`. It is called again when a load has ended, which says nothing new."""

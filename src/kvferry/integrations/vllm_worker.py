@@ -38,6 +38,10 @@ _EMPTY_STEP_SECONDS = 0.001
 sleep, and it would keep the interpreter from the threads that copy; elsewhere vLLM lets it sleep as long as this."""
 
 
+NameWeights = Callable[[], str | None]
+"""What names the model's weights; None: they cannot be named."""
+
+
 class WorkerHalf(ArenaFollower):
     """One rank's jobs. Until there is a store, and the model has a name, loads fail and saves are not begun.
 
@@ -77,6 +81,8 @@ class WorkerHalf(ArenaFollower):
         """Requests whose load failed since the last report."""
         self._finished: set[int] = set()
         """Requests whose blocks wait for the end of their saves."""
+        self._has_no_user = False
+        """Whether no pass under way uses blocks that vLLM gives to a load. It may have zeroed them just now."""
         self._loads_after: Any = None
         """Marks work that the step's loads come after."""
         self._blocks: dict[int, list[int]] = {}
@@ -84,10 +90,13 @@ class WorkerHalf(ArenaFollower):
         self._failed_blocks: set[int] = set()
 
     def register(
-        self, groups: Sequence[CacheGroup], layouts: Sequence[Layout], name_weights: Callable[[], str | None]
+        self, groups: Sequence[CacheGroup], layouts: Sequence[Layout], name_weights: NameWeights, *, frees_late: bool
     ) -> None:
-        """Offer these pools to the store, in the background: to name weights may take seconds."""
+        """Offer these pools to the store, in the background: to name weights may take seconds. frees_late: vLLM takes
+        blocks of whole requests back once no pass, drafts aside, uses them (`Scheduler.defer_block_free`)."""
         self._groups, self._layouts = groups, layouts
+        all_full = all(group.kind is GroupKind.FULL for group in groups)
+        self._has_no_user = frees_late and all_full and self._one_pass_a_step
         # Elsewhere vLLM writes to blocks before a pass, such as states, or reads them outside its layers.
         if self._one_pass_a_step and len(groups) == 1 and groups[0].kind is GroupKind.FULL:
             self._layers = {name: layer for layer, name in enumerate(groups[0].names)}
@@ -97,7 +106,7 @@ class WorkerHalf(ArenaFollower):
         )
         self._registering.start()
 
-    def _register(self, name_weights: Callable[[], str | None]) -> None:
+    def _register(self, name_weights: NameWeights) -> None:
         try:
             identity = name_weights()
             if identity is None:
@@ -121,10 +130,7 @@ class WorkerHalf(ArenaFollower):
         self._by_layer = is_ahead and by_layer and self._may_wait_by_layer
         if metadata.writes or not (self._by_layer or metadata.is_empty):
             self._order_after_loads(stream)
-        # vLLM frees blocks of a request that ended once no pass uses them (`Scheduler.defer_block_free`), drafts aside.
-        # What it gives to a load it may have zeroed in this step.
-        all_full = all(group.kind is GroupKind.FULL for group in self._groups)
-        self._loads_after = None if all_full and self._one_pass_a_step and not metadata.writes else mark(stream)
+        self._loads_after = None if self._has_no_user and not metadata.writes else mark(stream)
         self._metadata, self._is_empty = metadata, metadata.is_empty
         self._names |= metadata.names
         self._finished.update(metadata.finished)

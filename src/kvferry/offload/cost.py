@@ -233,6 +233,8 @@ class CostModel:
         self._flights: dict[int, _Flight] = {}
         """By job id, in the order of `since`."""
         self._in_flight: Counter[Tier] = Counter()
+        self._begun: Counter[Tier] = Counter()
+        """Bytes of flights, and of those that have begun."""
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -278,12 +280,12 @@ class CostModel:
         seconds = _LOAD_SECONDS
         for tier, number in hit.num_bytes.items():
             if number and (speed := self._links[tier].speed.value):
-                wait = self._in_flight[tier] / speed - self._unheard_seconds(tier)
-                seconds += number / speed + wait_weight * max(0.0, wait)
+                wait = self._in_flight[tier] / speed - min(self._begun[tier] / speed, self._unheard_seconds(tier))
+                seconds += number / speed + wait_weight * wait
         return seconds
 
     def _unheard_seconds(self, tier: Tier) -> float:
-        """How long a tier has been loading since it was known how much is in flight: as one that loads should have."""
+        """How long a tier has been loading since it was known how much it had to."""
         unheard = self._clock() - max(self._links[tier].known_until, self._first_begun(tier))
         return min(max(0.0, unheard), _UNHEARD_SECONDS)
 
@@ -341,6 +343,7 @@ class CostModel:
         if (flight := self._flights.pop(job_id, None)) is not None:
             flight.since, flight.has_begun = self._clock(), True
             self._flights[job_id] = flight
+            self._begun.update(flight.hit.num_bytes)
             busy = self._links[flight.tier].busy
             busy.since = min(busy.since, flight.since)
 
@@ -388,6 +391,7 @@ class CostModel:
         flight = self._flights.pop(job_id, None)
         if flight is not None:
             self._in_flight.subtract(flight.hit.num_bytes)
+            self._begun.subtract(flight.hit.num_bytes if flight.has_begun else {})
             self._meter.set("load_bytes_in_flight", self._in_flight.total())
         return flight
 

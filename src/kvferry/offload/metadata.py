@@ -51,8 +51,7 @@ class PassMetadata(msgspec.Struct, frozen=True):
 
 
 class LoadEnd(msgspec.Struct, frozen=True):
-    """How a load beside the passes ended on one rank, and how long it took from when the mover was told of it and its
-    blocks were free."""
+    """How a load beside the passes ended on one rank, and how long it took from when the mover was told of it."""
 
     job_id: int
     seconds: float

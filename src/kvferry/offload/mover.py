@@ -87,8 +87,6 @@ class Mover:
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
         self._ahead: list[Copy] = []
         self._load_ends: deque[LoadEnd] = deque(maxlen=_MOST_LOAD_ENDS)
-        self._loads_wait_until = 0.0
-        """When passes last left blocks that a load waited for. How long that took says nothing of loads."""
         self._locks: dict[int, SlotLock] = {}
         """By job id, from a job's first copy to its last."""
 
@@ -191,12 +189,8 @@ class Mover:
 
     def _load(self, job: CopyJob, after: Any, since: float, wanted: bool) -> bool:
         """The body of a load's task."""
-        with contextlib.suppress(Exception):  # the copies meet it again
-            if wanted and after is not None and not after.query():
-                after.synchronize()
-                self._loads_wait_until = time.monotonic()
         copies = self._submit(Direction.TO_POOL, job, self._groups, after) if wanted else None
-        return self._end_load(job, copies, max(since, self._loads_wait_until))
+        return self._end_load(job, copies, since)
 
     def _end_load(self, job: CopyJob, copies: list[Copy] | None, since: float) -> bool:
         """The end of a load's task."""
@@ -226,10 +220,10 @@ class Mover:
 
     def _submit(self, direction: Direction, job: CopyJob, groups: frozenset[int], after: Any) -> list[Copy] | None:
         """The copies of a job's parts of these groups under way; None: they cannot be made."""
-        if not self._lock_slots(direction, job):
-            return None
         copies = []
         try:
+            if not self._lock_slots(direction, job):
+                return None
             for group in sorted(groups):
                 parts = [
                     PartBlocks(self._slot(part).offset, part.first_block, part.block_ids)

@@ -427,7 +427,7 @@ class Planner:
         if end > tracked.chain.num_tokens or not self._are_followed(tracked.block_ids, num_chunks):
             # A pass was missed, or blocks are of a kind that we do not know: which KV is where would be a guess.
             self.meter.add("requests_not_followed")
-            self._forget(data.request_id)
+            tracked.chain.root = b""  # Not forgotten: its end has to wait for saves under way.
             return
         tracked.num_chunks = num_chunks
         first_chunk = self._first_whole_chunk(tracked.block_ids, computed)

@@ -94,8 +94,7 @@ class FoundSlab(NamedTuple):
 @lru_cache(maxsize=1024)
 def slot_stride(num_bytes: int) -> int:
     """Distance between slots whose payloads have `num_bytes`."""
-    alignment = ALIGNMENT if num_bytes >= ALIGNMENT else SMALL_ALIGNMENT
-    return _round_up(num_bytes, alignment)
+    return _round_up(num_bytes, ALIGNMENT if num_bytes >= ALIGNMENT else SMALL_ALIGNMENT)
 
 
 def slots_in(slab_bytes: int, stride: int) -> int:

@@ -134,8 +134,7 @@ class DiskStore:
 
     def contains(self, names: Sequence[PartName]) -> list[bool]:
         """See `ByteStore.contains`. From memory; whether the bytes are sound shows when they are read."""
-        charges = self._charges
-        return [name in charges for name in names]
+        return [name in self._charges for name in names]
 
     def delete(self, names: Sequence[PartName]) -> None:
         """See `ByteStore.delete`. Where another process writes, the names are forgotten here alone."""

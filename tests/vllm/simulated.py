@@ -196,7 +196,8 @@ class Simulation:
         return [self.raw[layer, :, :1]] if kind == "state" else self.raw[layer].view(-1, 1, BLOCK, 2)
 
     def add(self, name: str, prompt: list[int], num_tokens: int, salt: str | None = None) -> None:
-        sampling = SamplingParams(max_tokens=num_tokens, temperature=0, stop_token_ids=_STOP_TOKENS)
+        stop = _STOP_TOKENS if self._overlap else None  # Elsewhere it would only make lives shorter.
+        sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0, stop_token_ids=stop)
         request = Request(name, prompt, sampling, None, block_hasher=self._hasher, cache_salt=salt)
         self.scheduler.add_request(request)
         self._tokens[name] = list(prompt)

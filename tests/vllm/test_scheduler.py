@@ -12,6 +12,7 @@ from simulated import BLOCK, CHUNK, LAYERS, Simulation
 
 from kvferry.integrations.vllm_messages import FerryMetadata
 from kvferry.testing.late_device import LateDevice, Stream
+from kvferry.testing.servers import wait_until
 from kvferry.transfer.plan import Direction
 
 GROUPS = {
@@ -250,6 +251,7 @@ def test_every_step_reads_what_was_computed(
         simulation = Simulation(llama, GROUPS[groups], num_blocks, seed, overlap=overlap, is_late=is_late)
         try:
             drive(simulation, failing=failing)
+            wait_until(lambda: simulation.half.stats()["leases"] == 0)  # The worker's word of an end is on its way.
             stats = simulation.half.stats()
             simulation.half._store.check()
             assert stats["leases"] == stats["tokens_to_compute"] == 0

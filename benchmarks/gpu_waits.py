@@ -63,19 +63,19 @@ class Pass:
         return not self._end.query()
 
 
-def seconds_beside(others: Pass, engine: CopyEngine, way: Direction, parts: list[PartBlocks]) -> float:
-    others.begin()
+def seconds_beside(computing: Pass, engine: CopyEngine, way: Direction, parts: list[PartBlocks]) -> float:
+    computing.begin()
     time.sleep(0.01)
     start = time.perf_counter()
     engine.submit(way, parts).wait()
     seconds = time.perf_counter() - start
-    assert others.goes_on, "the device computed no longer than the copy took"
+    assert computing.goes_on, "the device computed no longer than the copy took"
     torch.cuda.synchronize()
     return seconds
 
 
 def measure(
-    engine: CopyEngine, way: Direction, parts: list[PartBlocks], other: Other, others: Pass, num_rounds: int
+    engine: CopyEngine, way: Direction, parts: list[PartBlocks], other: Other, computing: Pass, num_rounds: int
 ) -> str:
     submitting, copying, waiting = [], [], []
     for turn in range(num_rounds + 1):
@@ -95,7 +95,7 @@ def measure(
         thread.join()
     num_bytes = sum(len(part.block_ids) for part in parts) * NUM_LAYERS * PAGE_BYTES
     rate = num_bytes / median(copying) / 1e9
-    beside = num_bytes / median(seconds_beside(others, engine, way, parts) for _ in range(num_rounds)) / 1e9
+    beside = num_bytes / median(seconds_beside(computing, engine, way, parts) for _ in range(num_rounds)) / 1e9
     return (
         f"submitted in {1e3 * median(submitting):5.1f} ms, "
         f"copied in {1e3 * median(copying):5.1f} ms ({rate:.1f} GB/s; {beside:.1f} beside a pass), "
@@ -122,7 +122,7 @@ def main() -> None:
     pool = torch.empty(NUM_LAYERS, most + most // 4, PAGE_BYTES, dtype=torch.uint8, device="cuda")
     layout = read_regions([(pages, (layer,)) for layer, pages in enumerate(pool)], TOKENS_PER_BLOCK, "benchmark")
     assert isinstance(layout, Layout)
-    engine, other, others = CopyEngine(layout, copier, BLOCKS_PER_PART), Other(), Pass()
+    engine, other, computing = CopyEngine(layout, copier, BLOCKS_PER_PART), Other(), Pass()
     print(torch.cuda.get_device_name())
     for num_tokens in arguments.tokens:
         num_parts = num_tokens // (TOKENS_PER_BLOCK * BLOCKS_PER_PART)
@@ -133,7 +133,7 @@ def main() -> None:
             for at, of_part in enumerate(ids.reshape(-1, BLOCKS_PER_PART))
         ]
         for way, name in ((Direction.TO_POOL, "to the GPU  "), (Direction.FROM_POOL, "from the GPU")):
-            measured = measure(engine, way, parts, other, others, arguments.rounds)
+            measured = measure(engine, way, parts, other, computing, arguments.rounds)
             print(f"{num_tokens:6,} tokens {name} {measured}", flush=True)
     copier.close()
 

@@ -95,10 +95,10 @@ class WorkerHalf(ArenaFollower):
         """Offer these pools to the store, in the background: to name weights may take seconds. frees_late: vLLM takes
         blocks of whole requests back once no pass, drafts aside, uses them (`Scheduler.defer_block_free`)."""
         self._groups, self._layouts = groups, layouts
-        all_full = all(group.kind is GroupKind.FULL for group in groups)
-        self._has_no_user = frees_late and all_full and self._one_pass_a_step
+        is_plain = self._one_pass_a_step and all(group.kind is GroupKind.FULL for group in groups)
+        self._has_no_user = frees_late and is_plain
         # Elsewhere vLLM writes to blocks before a pass, such as states, or reads them outside its layers.
-        if self._one_pass_a_step and len(groups) == 1 and groups[0].kind is GroupKind.FULL:
+        if is_plain and len(groups) == 1:
             self._layers = {name: layer for layer, name in enumerate(groups[0].names)}
             self._silent = set(self._layers)
         self._registering = threading.Thread(

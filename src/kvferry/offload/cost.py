@@ -3,7 +3,7 @@
 A hit is loaded unless it is expected to take longer than to compute its tokens:
 
     load     a fixed cost + for each tier, (bytes from it + bytes from it that are in flight) / its speed, less the time
-             since what is known of those: engines hear of loads a pass or two after their end
+             since that was last known: engines hear of loads a pass or two after their end
     compute  (its tokens + tokens that other requests are still to compute) / the speed of prefill
 
 Both are queues, so a storm of hits fills them in proportion to their speeds; the wait for other loads counts half.

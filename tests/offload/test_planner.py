@@ -171,6 +171,37 @@ def test_a_chunked_prefill_saves_each_chunk_in_the_pass_that_completes_it(hand: 
     assert saved == [[], [[(0, request.block_ids[0:4])]], [], [[(0, request.block_ids[4:8])]]]
 
 
+def test_saves_can_be_planned_with_the_next_pass(hand: Hand) -> None:
+    hand.planner = Planner(hand.store, GEOMETRY, BLOCK, OPTIONS, saves_late=True)
+    request = FakeRequest(1, prompt(32))
+    hand.admit(request)
+    assert not hand.first_pass(request, 20).stores
+    metadata = hand.later_pass(request, 20, 12)
+    assert [copies(order.job) for order in metadata.stores] == [[(0, request.block_ids[0:4])]]
+    hand.finish_jobs(metadata)
+    assert hand.planner.finished(1), "its blocks are still to be saved"
+    metadata = hand.planner.plan(SchedulerOutput())
+    assert [copies(order.job) for order in metadata.stores] == [[(0, request.block_ids[4:8])]]
+    hand.finish_jobs(metadata)
+    assert not hand.planner.plan(SchedulerOutput()).stores
+
+
+def test_late_saves_of_blocks_that_are_gone_are_given_up(hand: Hand) -> None:
+    hand.planner = Planner(hand.store, GEOMETRY, BLOCK, OPTIONS, saves_late=True)
+    request = FakeRequest(1, prompt(32))
+    for how in ("preempted", "begun anew", "disowned"):
+        hand.admit(request)
+        assert not hand.first_pass(request, 32).stores
+        if how == "begun anew":
+            hand.admit(request)
+        elif how == "disowned":
+            hand.planner.disown()
+        assert not hand.planner.plan(SchedulerOutput(), preempted=[1] * (how == "preempted")).stores
+    hand.admit(request)
+    hand.first_pass(request, 15)
+    assert not hand.planner.finished(1), "it has nothing to save"
+
+
 def test_decode_saves_a_chunk_with_the_token_that_fills_it(hand: Hand) -> None:
     request = FakeRequest(1, prompt(14))
     hand.admit(request)

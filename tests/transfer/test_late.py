@@ -41,6 +41,16 @@ class Scene:
         return torch.from_numpy(self.arena.copy()).view(NUM_LAYERS, BLOCKS_PER_PART, PAGE_BYTES)[layer]
 
 
+def test_a_save_ends_when_every_byte_is_in_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(50):
+        scene = Scene(seed, monkeypatch)
+        scene.copier.cuda = LateCopier(scene.device)  # type: ignore[assignment]
+        scene.main.enqueue(partial(scene.pool.copy_, torch.randint_like(scene.pool, 1, 255)))
+        scene.engine.submit(Direction.FROM_POOL, scene.parts, mark_late(scene.main)).wait()
+        assert all(torch.equal(scene.pool[layer, IDS], scene.in_arena(layer)) for layer in range(NUM_LAYERS))
+        scene.copier.close()
+
+
 def test_a_layer_can_be_used_once_it_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     was_early = False
     for seed in range(50):
@@ -64,21 +74,22 @@ def test_a_layer_can_be_used_once_it_was_waited_for(monkeypatch: pytest.MonkeyPa
     assert was_early, "the first layers are used while the last are under way"
 
 
-def test_a_submission_that_breaks_off_leaves_nothing_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", Direction)
+def test_a_submission_that_breaks_off_leaves_nothing_under_way(way: Direction, monkeypatch: pytest.MonkeyPatch) -> None:
     class Breaking(LateCopier):
         num_left = 3
 
-        def copy(self, plan: Plan, direction: Direction) -> None:
+        def copy(self, plan: Plan, direction: Direction) -> Stream:
             self.num_left -= 1
             if self.num_left < 0:
                 raise RuntimeError("out of order")
-            super().copy(plan, direction)
+            return super().copy(plan, direction)
 
     for seed in range(20):
         scene = Scene(seed, monkeypatch)
-        scene.copier.cuda = breaking = Breaking(scene.device)  # type: ignore[assignment]
+        scene.copier.cuda = Breaking(scene.device)  # type: ignore[assignment]
         held_back: Stream = scene.main
         with pytest.raises(RuntimeError, match="out of order"):
-            scene.engine.submit(Direction.TO_POOL, scene.parts, mark_late(held_back))
-        assert not any(stream.work for stream in breaking.streams.values())
+            scene.engine.submit(way, scene.parts, mark_late(held_back))
+        assert not any(stream.work for stream in scene.device._streams)
         scene.copier.close()

@@ -114,7 +114,8 @@ class ByHand:
 class Simulation:
     """kinds: of groups, "full", "window" or "state". overlap: a step is scheduled before the last one is heard of.
     is_late: what steps and copies do is done by a device, later. silent: layers that call no hook. is_second_runner: of
-    vLLM's two, the one that writes to blocks before it tells of preemptions; None: one is drawn."""
+    vLLM's two, the one that writes to blocks before it tells of preemptions; None: one is drawn. saves_late: of models
+    of full attention, as in a process of its own; None: drawn."""
 
     def __init__(
         self,
@@ -127,17 +128,21 @@ class Simulation:
         is_late: bool = False,
         silent: Collection[int] = (),
         is_second_runner: bool | None = None,
+        saves_late: bool | None = None,
     ) -> None:
         self.choose = random.Random(seed)
         self._kinds, self._overlap = kinds, overlap
         self.device = LateDevice(self.choose) if is_late else None
         self.stream = self.device.stream() if self.device is not None else None
         self._is_second_runner = self.choose.random() < 0.3 if is_second_runner is None else is_second_runner
+        self.saves_late = self.choose.random() < 0.5 if saves_late is None else saves_late
         self._patches = ExitStack()
         for module in ("transfer.copy", "offload.mover", "integrations.vllm_worker") if is_late else ():
             self._patches.enter_context(patch(f"kvferry.{module}.mark", mark))
         adapter = "kvferry.integrations.vllm"
         self._patches.enter_context(patch(f"{adapter}._stream", lambda: self.stream))
+        variables = SimpleNamespace(VLLM_ENABLE_V1_MULTIPROCESSING=self.saves_late)
+        self._patches.enter_context(patch(f"{adapter}.envs", variables))
         self._context: SimpleNamespace | None = None
         self._patches.enter_context(patch(f"{adapter}.is_forward_context_available", lambda: bool(self._context)))
         self._patches.enter_context(patch(f"{adapter}.get_forward_context", lambda: self._context))

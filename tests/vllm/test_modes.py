@@ -15,9 +15,11 @@ SHAPE = EngineShape("small", 8 * BLOCK, 12 * BLOCK, BLOCK, 0.3, 0.2)
 
 @pytest.fixture(scope="module")
 def modes() -> Iterator[list[Mode]]:
-    """kvferry and a connector that loads nothing of what it says it has. To start may take them longer."""
+    """kvferry and a connector that loads nothing of what it says it has. To start may take them longer. vLLM is in a
+    process of its own, as when it serves: then saves are planned late."""
     with pytest.MonkeyPatch.context() as patch, ExitStack() as ending:
         patch.setenv("KVFERRY_LOAD_WHEN", "always")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         yield [ending.enter_context(closing(Mode(name, SHAPE, 20.0))) for name in ("kvferry", "liar")]
 
 

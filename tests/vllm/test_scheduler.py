@@ -60,6 +60,7 @@ def load_ahead(simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> tuple
     assert device is not None
     assert stream is not None
     monkeypatch.setattr(device, "run", lambda _share: None)
+    monkeypatch.setattr(simulation.copies, "run", lambda *_: None)  # which waits for copies
     simulation.add("again", prompt, 1)
     while not simulation.num_ahead:
         simulation.step()
@@ -95,7 +96,6 @@ def test_a_layer_is_computed_once_its_own_load_has_ended(
     simulation = Simulation(llama, GROUPS["full"], 32, 0, is_late=True, silent=silent)
     simulation.share_of_graphs = 0
     load_ahead(simulation, monkeypatch)
-    monkeypatch.setattr(simulation.copies, "run", lambda *_: None)
     left: dict[int, int] = {}
     attend = simulation._attend
 
@@ -125,7 +125,6 @@ def test_blocks_that_are_loaded_for_who_does_not_use_them_are_written_to_later(
         end_load = half._end_load
         monkeypatch.setattr(half, "_end_load", lambda number, *, ok: end_load(number, ok=False))
     load_ahead(simulation, monkeypatch)
-    monkeypatch.setattr(simulation.copies, "run", lambda *_: None)
     if how != "could not load on another rank":
         simulation.abort("again")
     for _ in range(2 * (how == "was aborted some steps ago")):
@@ -200,6 +199,32 @@ def stalled(llama: Path, num_blocks: int, monkeypatch: pytest.MonkeyPatch) -> tu
     device.prefer(mover._copier.cuda.streams[Direction.TO_POOL])
     monkeypatch.setattr(device, "run", lambda _share: None)
     return simulation, prompt
+
+
+def test_blocks_of_a_request_that_has_ended_stay_until_its_last_pass_is_saved(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planner hears of its end before it plans these saves."""
+    simulation = Simulation(llama, GROUPS["full"], 32, 0, saves_late=True)
+    pool, half = simulation.scheduler.kv_cache_manager.block_pool, simulation.half
+    num_free = pool.get_num_free_blocks()
+    prompt = [7 * at % 48 + 2 for at in range(2 * CHUNK + 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(simulation.copies, "run", lambda *_: None)
+        simulation.add("first", prompt, 1)
+        while "first" not in simulation.answers:
+            simulation.step()
+        for num_leases in (0, 1, 1):
+            assert half.stats()["leases"] == num_leases
+            assert pool.get_num_free_blocks() < num_free
+            simulation.step()
+    finish(simulation)
+    assert pool.get_num_free_blocks() == num_free
+    assert simulation.scheduler.reset_prefix_cache()
+    simulation.add("again", prompt, 1)
+    finish(simulation)
+    assert half.stats()["load_tokens_memory"] == 2 * CHUNK
+    simulation.close()
 
 
 @pytest.mark.parametrize("is_second_runner", [False, True])

@@ -15,12 +15,14 @@ from typing import Any, Final, TypeVar
 
 import torch
 import vllm
+from vllm import envs
 from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_events import KVCacheEvent
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
+from kvferry.blocks import GroupKind
 from kvferry.config import StoreOptions, load_options
 from kvferry.errors import ConfigError
 from kvferry.integrations.vllm_identity import engine_identity
@@ -81,8 +83,18 @@ class KVFerryConnector(KVConnectorBase_V1, SupportsHMA):
             may_store=transfer.is_kv_producer,
             may_wait=len(groups) == 1 or _TAKES_FAILED_REQUESTS,
         )
+        tells_events = _tells_events(vllm_config)
+        # Events are of requests that may have ended by then; in its caller's process vLLM makes no step that it need
+        # not; and other groups' blocks are taken back, or written to.
+        is_full = all(group.kind is GroupKind.FULL for group in groups)
+        saves_late = is_full and envs.VLLM_ENABLE_V1_MULTIPROCESSING and not tells_events
         self._scheduler = SchedulerHalf(
-            engine, options, groups[0].tokens_per_block, roles, tells_events=_tells_events(vllm_config)
+            engine,
+            options,
+            groups[0].tokens_per_block,
+            roles,
+            tells_events=tells_events,
+            saves_late=saves_late and not _writes_early(vllm_config, kv_cache_config),
         )
         if not self._scheduler.wait_for_workers(_REGISTRATION_SECONDS):
             logger.warning("kvferry's workers have not registered yet: nothing is kept until they have")

@@ -13,7 +13,8 @@ from kvferry.offload.metadata import LoadEnd, PassMetadata
 class FerryMetadata(KVConnectorMetadata):
     """Scheduler to workers, each step.
 
-    jobs: the planner's, whose request ids are numbers. names: vLLM's ids of requests that workers will report.
+    jobs: the planner's, whose request ids are numbers. saves_late: their saves are of what is computed before this
+    step's pass, else of what it computes. names: vLLM's ids of requests that workers will report.
     lost: loads that were promised and cannot be made any more, with the blocks that they should have filled.
     is_empty: nothing is computed in this step. is_idle: besides, its one load is the only one under way.
     writes: blocks that are being loaded ahead may be written to before layers wait for them: vLLM zeroes or copies
@@ -23,6 +24,7 @@ class FerryMetadata(KVConnectorMetadata):
     """
 
     jobs: PassMetadata = field(default_factory=PassMetadata)
+    saves_late: bool = False
     names: dict[int, str] = field(default_factory=dict)
     lost: dict[int, list[int]] = field(default_factory=dict)
     is_empty: bool = False

@@ -81,10 +81,17 @@ class Roles:
 
 
 class SchedulerHalf:
-    """One engine's planner, once all its workers have registered with the store."""
+    """One engine's planner, once all its workers have registered with the store. saves_late: see `Planner`."""
 
     def __init__(
-        self, engine: Engine, options: StoreOptions, tokens_per_block: int, roles: Roles, *, tells_events: bool
+        self,
+        engine: Engine,
+        options: StoreOptions,
+        tokens_per_block: int,
+        roles: Roles,
+        *,
+        tells_events: bool,
+        saves_late: bool,
     ) -> None:
         self._engine = engine
         # A load within a pass that fails is known too late where steps overlap.
@@ -93,7 +100,7 @@ class SchedulerHalf:
         self._roles = roles
         self._store, self._close_store = open_for_scheduler(engine, options)
         self._planner: Planner | None = None
-        self._tells_events = tells_events
+        self._tells_events, self._saves_late = tells_events, saves_late
         self._events: BlockEvents | None = None
         self._adapters = Adapters()
         self._numbers = itertools.count(1)
@@ -164,7 +171,9 @@ class SchedulerHalf:
             translated = SchedulerOutput()
             if self._roles.may_store:
                 self._translate(output, translated)
-            told.jobs = self._planner.plan(translated, self._by_number(output.num_scheduled_tokens))
+            scheduled = self._by_number(output.num_scheduled_tokens)
+            told.jobs = self._planner.plan(translated, scheduled, preempted=told.preempted)
+            told.saves_late = self._saves_late
             told.is_empty = not output.num_scheduled_tokens
             told.is_idle = told.is_empty and len(told.jobs.async_loads) == len(self._loading) == 1
             self._count(told.jobs)
@@ -256,7 +265,12 @@ class SchedulerHalf:
                 self._chunk_tokens = geometry.chunk_tokens
                 self._has_states = any(group.kind is GroupKind.STATE for group in geometry.groups)
                 self._planner = Planner(
-                    self._store, geometry, self._tokens_per_block, self._options, extras_of=_extras_of
+                    self._store,
+                    geometry,
+                    self._tokens_per_block,
+                    self._options,
+                    extras_of=_extras_of,
+                    saves_late=self._saves_late,
                 )
                 if self._tells_events:
                     self._events = BlockEvents(self._store, geometry, self._tokens_per_block)

@@ -132,6 +132,8 @@ class WorkerHalf(ArenaFollower):
             self._order_after_loads(stream)
         self._loads_after = None if self._has_no_user and not metadata.writes else mark(stream)
         self._metadata, self._is_empty = metadata, metadata.is_empty
+        if metadata.saves_late:
+            self._save(stream)  # If nothing is computed, there is no `start_saves`.
         self._names |= metadata.names
         self._finished.update(metadata.finished)
 
@@ -188,7 +190,12 @@ class WorkerHalf(ArenaFollower):
         """Begin to save what the step's pass, as far as `stream` was given it, completes."""
         if self._by_layer:
             self._order_after_loads(stream)
-        orders, self._metadata = self._metadata.jobs.stores, FerryMetadata()
+        if not self._metadata.saves_late:
+            self._save(stream)
+        self._metadata = FerryMetadata()
+
+    def _save(self, stream: Any) -> None:
+        orders = self._metadata.jobs.stores
         if self._mover is not None and orders:
             self._saves.update((order.job.job_id, order.request_id) for order in orders)
             self._mover.save([order.job for order in orders], stream)

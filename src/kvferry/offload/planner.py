@@ -8,7 +8,8 @@ A request's way through here:
     allocated  the engine took the match     in _running
     plan       next pass, or the first one   the load goes to the movers, who end its lease; an asynchronous one goes at
                                              once, and the request's first pass comes when it has ended
-    plan       every pass                    chunks that the pass completes go to the movers
+    plan       every pass                    chunks that the pass completes go to the movers, or with `saves_late` those
+                                             that the last one did
     finished   at any point                  whatever is still leased is given back
 
 Every request that has a lease here is in `_matched` or `_running`, and the lease is in no pass yet.
@@ -103,8 +104,21 @@ def salt_and_adapter(request: Request) -> Extras:
     return Extras(cache_salt=request.cache_salt, lora_id=request.lora_id)
 
 
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """What a pass completes of a request: chunks from `first_chunk` up to each of `boundaries`."""
+
+    tracked: _Tracked
+    first_chunk: int
+    boundaries: list[int]
+
+
 class Planner:
-    """Plans for one engine. From `options` it takes what they say of loads."""
+    """Plans for one engine. From `options` it takes what they say of loads.
+
+    saves_late: plan a pass's saves with the next, as room for many chunks takes a millisecond or two that the pass
+    would wait for. For engines that always have a next one, and keep blocks until then.
+    """
 
     def __init__(
         self,
@@ -114,6 +128,7 @@ class Planner:
         options: StoreOptions,
         *,
         extras_of: Callable[[Request], Extras] = salt_and_adapter,
+        saves_late: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert geometry.chunk_tokens % tokens_per_block == 0
@@ -136,6 +151,9 @@ class Planner:
         """Requests whose asynchronous load goes to the movers with the next pass."""
         self._lost_loads: list[int] = []
         self._cancelled: list[int] = []
+        self._saves_late = saves_late
+        self._unsaved: dict[int, _Save] = {}
+        """Of the last pass, by request, until the next is planned."""
 
     def match(self, request: Request, num_computed_tokens: int, *, may_load: bool = True) -> Offer:
         """What of this request after the first `num_computed_tokens` is leased for it: nothing, unless `may_load`."""
@@ -173,14 +191,26 @@ class Planner:
         if num_taken and (tracked is None or tracked.load is None):
             self._lost_loads.append(request.request_id)
 
-    def plan(self, output: SchedulerOutput, scheduled: Mapping[Hashable, int] | None = None) -> PassMetadata:
-        """The jobs of the coming pass. scheduled: tokens by request id of all of it, if `output` does not say all."""
+    def plan(
+        self,
+        output: SchedulerOutput,
+        scheduled: Mapping[Hashable, int] | None = None,
+        *,
+        preempted: Iterable[int] = (),
+    ) -> PassMetadata:
+        """The jobs of the coming pass. scheduled: tokens by request id of all of it, if `output` does not say all.
+        preempted: requests that lost their blocks since the last."""
         if scheduled is None:
             told = (*output.new_requests, *output.cached_requests)
             scheduled = {data.request_id: data.num_scheduled_tokens for data in told}
         self._cost.plan(scheduled)
         metadata = PassMetadata(lost_loads=self._lost_loads, cancelled_loads=self._cancelled)
         self._lost_loads, self._cancelled = [], []
+        for request_id in preempted:
+            self._unsaved.pop(request_id, None)
+        for request_id, save in self._unsaved.items():
+            self._begin_stores(request_id, save, metadata)
+        self._unsaved.clear()
         self._plan_async_loads(metadata)
         for data in output.new_requests:
             if (tracked := self._running.get(data.request_id)) is not None:
@@ -224,11 +254,13 @@ class Planner:
 
     def finished(self, request_id: int) -> bool:
         """The request ended, wherever it was. True: the movers may still be saving its blocks."""
-        tracked = self._running.get(request_id)
+        tracked, unsaved = self._running.get(request_id), self._unsaved.get(request_id)
         self._forget(request_id)
         if request_id in self._lost_loads:
             self._lost_loads.remove(request_id)
-        return tracked is not None and tracked.saves
+        if unsaved is not None:
+            self._unsaved[request_id] = unsaved
+        return unsaved is not None or (tracked is not None and tracked.saves)
 
     def keys(self, request_id: int) -> Sequence[bytes]:
         """The keys of a running request's full chunks, as far as its tokens are known here."""
@@ -239,11 +271,13 @@ class Planner:
         """What was kept until now is not this engine's any more, and what it keeps from now on is nobody else's: its
         weights are no longer those that the geometry names. Requests under way are not kept."""
         self._root = sha256(self._root + os.urandom(KEY_BYTES)).digest()
+        self._unsaved.clear()
 
     def close(self) -> None:
         """Give back every lease."""
         for request_id in [*self._matched, *self._running]:
             self._forget(request_id)
+        self._unsaved.clear()
 
     def _is_decided(self, known: _Tracked, request: Request, num_computed_tokens: int) -> bool:
         """Whether a request that waits for room can have the offer, or the refusal, that it had a moment ago."""
@@ -259,6 +293,7 @@ class Planner:
 
     def _forget(self, request_id: int) -> None:
         self._cost.expect(request_id, 0)
+        self._unsaved.pop(request_id, None)
         for requests in (self._matched, self._running):
             if (tracked := requests.pop(request_id, None)) is not None and tracked.load is not None:
                 self._cancel(tracked.load)
@@ -435,15 +470,21 @@ class Planner:
         if self._has_windows and not self._state_groups and tracked.chain.num_tokens == num_chunks * chunk_tokens:
             # The same prompt again goes on one chunk earlier, as its last token is always computed.
             boundaries.insert(0, num_chunks - 1)
-        for boundary in boundaries:
+        save = _Save(tracked, first_chunk, [boundary for boundary in boundaries if first_chunk < boundary])
+        if self._saves_late:
+            self._unsaved[data.request_id] = save
+        else:
+            self._begin_stores(data.request_id, save, metadata)
+
+    def _begin_stores(self, request_id: int, save: _Save, metadata: PassMetadata) -> None:
+        tracked = save.tracked
+        for boundary in save.boundaries:
             keys = tracked.chain.keys[:boundary]
-            if first_chunk >= boundary:
-                continue
-            job = self._store.begin_store(self._geometry, keys, first_chunk, salt=tracked.request.cache_salt)
+            job = self._store.begin_store(self._geometry, keys, save.first_chunk, salt=tracked.request.cache_salt)
             if job is not None:
                 tracked.saves = True
                 parts = [self._store_copy(part, tracked.block_ids) for part in job.parts]
-                metadata.stores.append(RequestJob(data.request_id, CopyJob(job.job_id, parts)))
+                metadata.stores.append(RequestJob(request_id, CopyJob(job.job_id, parts)))
 
     def _ends_in_states(self, block_ids: BlockIds, end: int) -> bool:
         """Whether a request can go on where a pass ends: only there are states known, and where the engine keeps

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from kvferry.transfer.host import move
 from kvferry.transfer.plan import Direction, Plan
 
@@ -101,13 +104,28 @@ class LateCopier:
 
     def __init__(self, device: LateDevice) -> None:
         self.streams = {way: device.stream() for way in Direction}
+        self._wire = device.stream()
+        self._buffers: list[npt.NDArray[np.uint8]] = []
 
-    def copy(self, plan: Plan, direction: Direction) -> None:
-        self.streams[direction].enqueue(partial(move, plan))
+    def copy(self, plan: Plan, direction: Direction) -> Stream:
+        """Saves end on another stream than they begin on."""
+        stream = self.streams[direction]
+        if direction is Direction.TO_POOL:
+            stream.enqueue(partial(move, plan))
+            return stream
+        self._buffers.append(buffer := np.empty(plan.num_bytes, np.uint8))
+        places = np.uint64(buffer.ctypes.data) + np.cumsum(plan.sizes) - plan.sizes
+        stream.enqueue(partial(move, Plan(plan.sources, places, plan.sizes)))
+        self._wire.wait_event(stream.record_event())
+        self._wire.enqueue(partial(move, Plan(places, plan.destinations, plan.sizes)))
+        return self._wire
+
+    def synchronize(self) -> None:
+        for stream in (*self.streams.values(), self._wire):
+            stream.synchronize()
 
     def close(self) -> None:
-        for stream in self.streams.values():
-            stream.synchronize()
+        self.synchronize()
 
 
 def mark(stream: Stream | None) -> Event | None:

@@ -20,7 +20,7 @@ from kvferry.transfer.host import HostCopier
 from kvferry.transfer.layout import Layout
 from kvferry.transfer.plan import BlockRows, Direction, PartBlocks, Strides, block_rows, plan_copies
 
-_STEP_COPIES, _STEP_BYTES = 4096, 256 << 20
+_STEP_COPIES, _STEP_BYTES = 8192, 256 << 20
 """At most so much of what is submitted at once: some milliseconds of the wire, during which the next are planned, and
 after which other streams' copies have their turn."""
 _FIRST_SHARE: Final = 8
@@ -103,7 +103,7 @@ class CopyEngine:
             stride_bytes=np.array([region.stride_bytes for region in regions]),
             page_bytes=np.array([region.page_bytes for region in regions]),
         )
-        self._part_bytes = blocks_per_part * layout.block_bytes
+        self._block_bytes = layout.block_bytes
 
     def submit(self, direction: Direction, parts: Sequence[PartBlocks], after: Any = None) -> Copy:
         """Begin to copy, after the work that `after` marks (see `mark`). Blocks and slots are the copy's until it has
@@ -121,15 +121,15 @@ class CopyEngine:
         steps = []
         regions = self._layout.regions
         num_copies = max(1, rows.ids.size)
-        a_step = min(_STEP_COPIES / num_copies, _STEP_BYTES * len(regions) / (num_copies * self._layout.block_bytes))
+        a_step = min(_STEP_COPIES / num_copies, _STEP_BYTES * len(regions) / (num_copies * self._block_bytes))
         edges = range(max(1, int(a_step / _FIRST_SHARE)), len(regions), max(1, int(a_step)))
         try:
             for which in itertools.starmap(slice, itertools.pairwise([0, *edges, len(regions)])):
-                copier.copy(plan_copies(rows, self._strides, direction, which), direction)
+                last = copier.copy(plan_copies(rows, self._strides, direction, which), direction)
                 layers = frozenset(layer for region in regions[which] for layer in region.layers)
-                steps.append((layers, mark(stream)))
+                steps.append((layers, mark(last)))
         except Exception:
-            stream.synchronize()  # Whoever hears of it takes blocks and slots back, which the first steps still use.
+            copier.synchronize()  # Whoever hears of it takes blocks and slots back, which the first steps still use.
             raise
         return Copy(steps=tuple(steps))
 
@@ -138,8 +138,9 @@ class CopyEngine:
         pool."""
         if rows.ids.size == 0:
             return
+        part_bytes = self._block_bytes * self._strides.blocks_per_part
         bounds = {
-            "bytes": (rows.offsets, self._copier.arena.numel() - self._part_bytes, "an arena"),
+            "bytes": (rows.offsets, self._copier.arena.numel() - part_bytes, "an arena"),
             "places": (rows.places, self._strides.blocks_per_part - 1, "a part"),
             "blocks": (rows.ids, self._layout.num_blocks - 1, "a pool"),
         }

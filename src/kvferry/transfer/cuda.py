@@ -1,8 +1,8 @@
 """Copies between a CUDA device and an arena, enqueued on streams of their own.
 
-What is registered with the driver is copied by the device's copy engines at the speed of the wire, to the device with
-pages that lie side by side in the arena together (`runs`), or, where pages are small, by a kernel that reads or writes
-host memory itself (`kernels`). What is not registered yet goes through two pinned buffers. The arena is registered in
+What is registered with the driver is copied by the device's copy engines at the speed of the wire, pages that lie side
+by side in the arena together (`runs`), or, where these are small, by a kernel that reads or writes host memory itself
+(`kernels`). What is not registered yet goes through two pinned buffers. The arena is registered in
 pieces by a thread, those first that copies ask for, so that a large arena delays nobody. Calls the runtime that torch
 has loaded, through ctypes; every return code is looked at.
 
@@ -28,7 +28,7 @@ from kvferry.transfer import tuning
 from kvferry.transfer.host import move
 from kvferry.transfer.kernels import PageKernel, Tuning, after_allocating
 from kvferry.transfer.plan import Addresses, Direction, Plan
-from kvferry.transfer.runs import RunLoads
+from kvferry.transfer.runs import RunCopies
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,8 @@ class CudaCopier:
 
     def __init__(self, device: torch.device, arena: torch.Tensor) -> None:
         self.streams = {way: torch.cuda.Stream(device) for way in Direction}  # type: ignore[no-untyped-call]
-        self._wire = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._wires = {way: torch.cuda.Stream(device) for way in Direction}  # type: ignore[no-untyped-call]
+        self._all_streams = (*self.streams.values(), *self._wires.values())
         self._runtime = Runtime(device)
         self._pieces = PinnedPieces(self._runtime, arena.data_ptr(), arena.numel())
         self._device = device
@@ -246,40 +247,50 @@ class CudaCopier:
         self._lock = threading.Lock()
         self._stages: list[tuple[torch.Tensor, Any]] = []
         self._buffers: list[torch.Tensor] = []
-        self._runs = RunLoads(
-            self._wire,
+        self._runs = {way: self._run_copies(way) for way in Direction}
+
+    def _run_copies(self, way: Direction) -> RunCopies:
+        return RunCopies(
+            way,
+            self._wires[way],
             self._allocate,
             self._kernel,
-            lambda plan: self._pieces.cut(plan, plan.sources),
-            lambda plan, wire: self._runtime.copy(plan, Direction.TO_POOL, wire),
+            lambda plan: self._pieces.cut(plan, _in_arena(plan, way)),
+            lambda plan, wire: self._runtime.copy(plan, way, wire),
         )
 
-    def copy(self, plan: Plan, direction: Direction) -> None:
-        """Enqueue on the direction's stream. Returns at once for registered memory; waits for most of the rest."""
+    def copy(self, plan: Plan, direction: Direction) -> Any:
+        """Enqueue after what the direction's stream was given so far. Returns at once for registered memory; waits for
+        most of the rest. Returns the stream with whose work so far the copies end."""
         stream = self.streams[direction]
         # Of the pages as they are: what the edge of a piece cuts off is small and says nothing of them.
         has_small_pages = plan.num_bytes < len(plan.sizes) * tuning.LARGEST_IN_DOUBT_BYTES
-        host = plan.sources if direction is Direction.TO_POOL else plan.destinations
-        plan = self._pieces.cut(plan, host)
-        host = plan.sources if direction is Direction.TO_POOL else plan.destinations
-        pinned = self._pieces.split(host)
+        plan = self._pieces.cut(plan, _in_arena(plan, direction))
+        pinned = self._pieces.split(_in_arena(plan, direction))
         direct, staged = (plan, None) if pinned.all() else (plan.only(pinned), plan.only(~pinned))
-        if has_small_pages:
-            self._tune_once()
-        if not (
-            (has_small_pages and self._kernel.copy(direct, stream, self._tuning))
-            or (direction is Direction.TO_POOL and self._runs.copy(direct, stream))
-        ):
-            self._runtime.copy(direct, direction, stream)
+        last = self._runs[direction].copy(direct, stream)
+        if last is None:
+            if has_small_pages:
+                self._tune_once()
+            if not (has_small_pages and self._kernel.copy(direct, stream, self._tuning)):
+                self._runtime.copy(direct, direction, stream)
         if staged is not None:
             with self._lock, torch.cuda.stream(stream):
                 self._copy_staged(staged, direction, stream)
+        if last is None or staged is not None:
+            stream.wait_stream(self._wires[direction])  # Earlier copies of the same job may end there.
+            last = stream
+        return last
+
+    def synchronize(self) -> None:
+        """Wait for what was enqueued."""
+        for stream in self._all_streams:
+            stream.synchronize()
 
     def close(self) -> None:
         """Wait for what was enqueued. Calling it again does nothing."""
         self._warming.join()
-        for stream in (self._wire, *self.streams.values()):
-            stream.synchronize()
+        self.synchronize()
         if self._tuner is not None:
             self._tuner.join()
         self._pieces.close()
@@ -295,7 +306,7 @@ class CudaCopier:
         """The address of memory on the device that is this copier's until it is closed."""
         buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         self._buffers.append(buffer)
-        for stream in (self._wire, *self.streams.values()):
+        for stream in self._all_streams:
             after_allocating(stream)
         return buffer.data_ptr()
 
@@ -335,6 +346,11 @@ class CudaCopier:
                 stream.synchronize()
                 move(Plan(starts, share.destinations, share.sizes))
             free.record(stream)
+
+
+def _in_arena(plan: Plan, direction: Direction) -> Addresses:
+    """The addresses of the side that is on the host."""
+    return plan.sources if direction is Direction.TO_POOL else plan.destinations
 
 
 def _event() -> Any:

@@ -105,24 +105,30 @@ class PageKernel:
         """What enqueues the copies from the first number up to the second on `stream`, as often as it is called within.
         Within, `stream` is the current one."""
         # Engines run passes in inference mode, and copies from threads that are not in it: both use the same lists.
-        with self._lock, torch.inference_mode():
+        with torch.inference_mode():
             num_copies = len(plan.sizes)
-            addresses = next((each for each in self._lists if each.is_free(num_copies)), None)
+            with self._lock:
+                addresses = next((each for each in self._lists if each.is_free(num_copies)), None)
+                if addresses is not None:
+                    self._lists.remove(addresses)
             if addresses is None:
                 addresses = _AddressList(self._device, num_copies)
-                self._lists.append(addresses)
                 after_allocating(stream)
 
+            lists: list[torch.Tensor] = []
+
             def move(first: int, end: int) -> None:
+                lists.extend(() if lists else addresses.send(plan))  # Not before a load's first bytes are sent.
                 grid = (min(num_programs, end - first),)
                 _move[grid](*lists, first, end, WORDS=_WORDS, num_warps=_NUM_WARPS)
 
             with torch.cuda.stream(stream):
                 try:
-                    lists = addresses.send(plan)
                     yield move
                 finally:
                     addresses.busy_until(stream)
+                    with self._lock:
+                        self._lists.append(addresses)
 
 
 def after_allocating(stream: Any) -> None:

@@ -6,7 +6,8 @@ A hit is loaded unless it is expected to take longer than to compute its tokens:
              since that was last known: engines hear of loads a pass or two after their end
     compute  (its tokens + tokens that other requests are still to compute) / the speed of prefill
 
-Both are queues, so a storm of hits fills them in proportion to their speeds; the wait for other loads counts half.
+Both are queues, so a storm of hits fills them in proportion to their speeds. The wait for other loads counts half, and
+less where a hit loads much more quickly than it computes.
 
 What is not known yet counts as no reason against: a tier's speed as infinite, that of prefill as zero. Speeds come from
 large passes and large loads alone, so small models, whose hits save milliseconds, are never judged.
@@ -35,14 +36,19 @@ _LEAST_GAIN_SECONDS = 0.005
 """Differences below this are not worth a decision, and smaller than what the estimates are wrong by."""
 
 _WAIT_WEIGHT = 0.5
-"""What a wait for other loads counts. It takes nothing from others. Computing takes the device, and slows loads: on an
-H200 that computed 14 to 20 of 64 hits they had half of their speed, and computing was what took longest."""
+"""What a wait for other loads counts at most. It takes nothing from others; computing takes the device. In the time C
+that computing a hit takes, C / L others that load in L each are there, and wait for C / 2 on average: so a wait of up to
+C * C / 2 L is better, which is to say that it counts 2 L / C. On an H200 that computed 13 to 20 of 64 hits, computing
+was what took longest, and it slows loads besides."""
 
 _LOAD_SECONDS = 0.002
 """What a load costs whatever its size: to be ordered, begun and reported, each with a step of the engine's loop."""
 
 _PROMPT_TOKENS = 32
 """A request that computes so many tokens in a pass computes its prompt: decode steps, also with drafts, are shorter."""
+
+_LARGER = 1.1
+"""Passes that are filled up with prompts differ by the tokens of those that generate."""
 
 _EVIDENT_TOKENS, _EVIDENT_PASS_SECONDS = 64, 0.005
 _EVIDENT_BYTES = 8_000_000
@@ -101,8 +107,8 @@ class Passes:
     """Reads the time of passes over prompts off the times at which passes are planned.
 
     Where passes overlap, what comes after the planning of a pass is the one before it, and its own time comes an
-    interval later. Of a pass with no fewer prompt tokens than its neighbours the longer of the two intervals is its own
-    either way.
+    interval later. Of a pass with hardly fewer prompt tokens than its neighbours the longer of the two intervals is
+    about its own either way.
     """
 
     def __init__(self) -> None:
@@ -116,9 +122,10 @@ class Passes:
         if len(self._last) < 3:
             return None
         *earlier, measured, after, last = self._last
-        if measured.num_prompt_tokens < max(_EVIDENT_TOKENS, after.num_prompt_tokens):
+        most_tokens = _LARGER * measured.num_prompt_tokens
+        if measured.num_prompt_tokens < _EVIDENT_TOKENS or after.num_prompt_tokens > most_tokens:
             return None
-        if earlier and earlier[0].leads_to(measured) and earlier[0].num_prompt_tokens > measured.num_prompt_tokens:
+        if earlier and earlier[0].leads_to(measured) and earlier[0].num_prompt_tokens > most_tokens:
             return None
         if not (measured.leads_to(after) and after.leads_to(last)):
             return None
@@ -263,7 +270,9 @@ class CostModel:
 
     def _gain_seconds(self, hit: Hit) -> float:
         """What is loaded before the others have computed is there before its request's turn: no gain to be quicker."""
-        return self._compute_seconds(hit) - max(self._load_seconds(hit, _WAIT_WEIGHT), self._queue_seconds())
+        compute, queue = self._compute_seconds(hit), self._queue_seconds()
+        wait_weight = min(_WAIT_WEIGHT, 2 * self._load_seconds(hit, 0.0) / max(compute - queue, _LOAD_SECONDS))
+        return compute - max(self._load_seconds(hit, wait_weight), queue)
 
     def _compute_seconds(self, hit: Hit) -> float:
         return self._queue_seconds() + hit.num_tokens / self._prefill.value if self._prefill.value else math.inf

@@ -111,12 +111,26 @@ class Mover:
     # -- beside the passes; `take_ended` reports each job once -------------------------------------------------------
 
     def load_beside(self, job: CopyJob, after: Any) -> None:
-        """Copy into the pool once the slots are filled, after the work that `after` marks (`transfer.copy.mark`)."""
-        task = Task(job.job_id, partial(self._load, job, after, time.monotonic()))
+        """Copy into the pool once the slots are filled, after the work that `after` marks (`transfer.copy.mark`).
+
+        What only has to be enqueued is enqueued here: while a pass is being launched, a thread would wait for its turn
+        with the interpreter at each of its calls.
+        """
+        since = time.monotonic()
+        if job.ready and self._is_pinned(job):
+            self._end_later(job, self._submit(Direction.TO_POOL, job, self._groups, after), since)
+            return
+        task = Task(job.job_id, partial(self._load, job, after, since))
         if job.ready:
             self._loads.submit(task)
         else:
             self._loads.wait_for(task, lambda: self._readiness(job), self._ready_seconds)
+
+    def _is_pinned(self, job: CopyJob) -> bool:
+        """Whether a device copies all of a load without its host's help."""
+        cuda = self._copier.cuda
+        slots = [self._slot(part) for part in job.parts]
+        return cuda is not None and all(cuda.is_pinned(slot.offset, slot.num_bytes) for slot in slots)
 
     def load_ahead(self, job: CopyJob, after: Any) -> bool:
         """Like `load_beside`, for blocks that count as filled at once: every later pass is to be ordered by
@@ -129,7 +143,7 @@ class Mover:
         if copies is None:
             return False
         self._ahead += copies
-        self._loads.submit(Task(job.job_id, lambda _: self._end_load(job, copies, since)))
+        self._end_later(job, copies, since)
         return True
 
     def order_after_loads(self, stream: Any) -> None:
@@ -191,6 +205,9 @@ class Mover:
         """The body of a load's task."""
         copies = self._submit(Direction.TO_POOL, job, self._groups, after) if wanted else None
         return self._end_load(job, copies, since)
+
+    def _end_later(self, job: CopyJob, copies: list[Copy] | None, since: float) -> None:
+        self._loads.submit(Task(job.job_id, lambda _: self._end_load(job, copies, since)))
 
     def _end_load(self, job: CopyJob, copies: list[Copy] | None, since: float) -> bool:
         """The end of a load's task."""

@@ -82,6 +82,10 @@ class LateDevice:
         self._streams.insert(0, stream)
         self._is_settled = True
 
+    def is_kind(self) -> bool:
+        """Either, by chance."""
+        return self._choose.random() < 0.5
+
     def run_one(self) -> None:
         """The next piece of one stream's work."""
         ready = [stream for stream in self._streams if stream.can_go_on]
@@ -103,6 +107,7 @@ class LateCopier:
     """Stands for `CudaCopier`."""
 
     def __init__(self, device: LateDevice) -> None:
+        self._device = device
         self.streams = {way: device.stream() for way in Direction}
         self._wire = device.stream()
         self._buffers: list[npt.NDArray[np.uint8]] = []
@@ -119,6 +124,9 @@ class LateCopier:
         self._wire.wait_event(stream.record_event())
         self._wire.enqueue(partial(move, Plan(places, plan.destinations, plan.sizes)))
         return self._wire
+
+    def is_pinned(self, _offset: int, _num_bytes: int) -> bool:
+        return self._device.is_kind()
 
     def synchronize(self) -> None:
         for stream in (*self.streams.values(), self._wire):

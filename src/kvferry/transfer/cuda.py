@@ -179,6 +179,11 @@ class PinnedPieces:
             self.want(np.unique(pieces[~pinned]).tolist())
         return pinned
 
+    def has(self, offset: int, num_bytes: int) -> bool:
+        """Whether these bytes lie in registered pieces; asks for the other pieces."""
+        pieces = np.arange(offset // PIECE_BYTES, (offset + num_bytes - 1) // PIECE_BYTES + 1)
+        return bool(self.split(np.uint64(self._base) + pieces.astype(np.uint64) * np.uint64(PIECE_BYTES)).all())
+
     def cut(self, plan: Plan, addresses: Addresses) -> Plan:
         """The same copies, none of which crosses from one piece to another."""
         return plan.cut_at_edges(addresses, self._base, PIECE_BYTES)
@@ -281,6 +286,10 @@ class CudaCopier:
             stream.wait_stream(self._wires[direction])  # Earlier copies of the same job may end there.
             last = stream
         return last
+
+    def is_pinned(self, offset: int, num_bytes: int) -> bool:
+        """Whether this part of the arena is registered; what is not is asked for."""
+        return self._pieces.has(offset, num_bytes)
 
     def synchronize(self) -> None:
         """Wait for what was enqueued."""

@@ -37,8 +37,8 @@ _LEAST_GAIN_SECONDS = 0.005
 
 _WAIT_WEIGHT = 0.5
 """What a wait for other loads counts at most. It takes nothing from others; computing takes the device. While a hit is
-computed, in C seconds, C / L others arrive that load in L, and wait for C / 2 on average: a wait of up to C * C / 2 L is
-better than that, which is to say that it counts 2 L / C. On an H200 that computed 13 to 20 of 64 hits, computing was
+computed, in C seconds, C / L others arrive that load in L, and wait for C / 2 on average: a wait of C * C / 2 L or less
+is better than that, which is to say that it counts 2 L / C. On an H200 that computed 13 to 20 of 64 hits, computing was
 what took longest, and it slows loads besides."""
 
 _LOAD_SECONDS = 0.002

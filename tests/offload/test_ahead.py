@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -83,6 +84,43 @@ def test_a_load_whose_slots_cannot_be_locked_ends(load: Load, monkeypatch: pytes
     mover.load_beside(job, None)
     mover.flush([job.job_id])
     assert mover.take_ended() == {job.job_id: False}
+    end(mover, store)
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_a_load_that_needs_no_host_is_begun_by_who_asks_for_it(
+    load: Load, layout: Layout, is_pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only its end is waited for in the thread."""
+    mover, store, job, expected = load
+    began_in = []
+    submit = mover._submit
+
+    def look(*of: Any) -> Any:
+        began_in.append(threading.current_thread())
+        return submit(*of)
+
+    monkeypatch.setattr(mover, "_submit", look)
+    monkeypatch.setattr(mover, "_is_pinned", lambda _job: is_pinned)
+    mover.load_beside(job, None)
+    mover.flush([job.job_id])
+    assert [thread is threading.current_thread() for thread in began_in] == [is_pinned]
+    assert mover.take_ended() == {job.job_id: True}
+    assert [(told.job_id, told.ok) for told in mover.take_load_ends()] == [(job.job_id, True)]
+    assert layout.regions[0].pages[:12].clone().cpu().numpy().tobytes() == expected
+    end(mover, store)
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_a_load_that_cannot_be_begun_ends_once(load: Load, is_pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    mover, store, job, _ = load
+    monkeypatch.setattr(mover, "_submit", lambda *_: None)
+    monkeypatch.setattr(mover, "_is_pinned", lambda _job: is_pinned)
+    mover.load_beside(job, None)
+    mover.flush([job.job_id])
+    assert mover.take_ended() == {job.job_id: False}
+    assert store.stats()["failed_loads"] == 1
+    assert store.stats().get("unknown_jobs", 0) == 0
     end(mover, store)
 
 

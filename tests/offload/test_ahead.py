@@ -111,6 +111,40 @@ def test_a_load_that_needs_no_host_is_begun_by_who_asks_for_it(
     end(mover, store)
 
 
+@pytest.mark.parametrize(("most", "most_bytes"), [(1, 1 << 30), (8, 3 << 13)])
+def test_what_is_much_is_begun_in_the_thread_when_others_have_ended(
+    load: Load, most: int, most_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mover, store, first, _ = load
+    monkeypatch.setattr("kvferry.offload.mover._MOST_BEGUN", most)
+    monkeypatch.setattr("kvferry.offload.mover._MOST_BEGUN_BYTES", most_bytes)
+    monkeypatch.setattr(mover, "_is_pinned", lambda _job: True)
+    may_end, began_in, most_begun = threading.Event(), [], [0]
+    submit, finish = mover._submit, mover._finish
+
+    def look(*of: Any) -> Any:
+        began_in.append(threading.current_thread() is threading.main_thread())
+        most_begun[0] = max(most_begun[0], len(mover._begun))
+        return submit(*of)
+
+    def hold_back(copies: Any) -> bool:
+        assert may_end.wait(30)
+        return finish(copies)
+
+    monkeypatch.setattr(mover, "_submit", look)
+    monkeypatch.setattr(mover, "_finish", hold_back)
+    again = [store.begin_load(GEOMETRY, KEYS, 0) for _ in range(10)]
+    jobs = [first, *(CopyJob(job.job_id, first.parts) for job in again if job is not None)]
+    for job in jobs:
+        mover.load_beside(job, None)
+    may_end.set()
+    mover.flush([job.job_id for job in jobs])
+    assert mover.take_ended() == {job.job_id: True for job in jobs}
+    assert sorted(began_in) == [False] * 10 + [True]
+    assert most_begun[0] <= most
+    end(mover, store)
+
+
 @pytest.mark.parametrize("is_pinned", [True, False])
 def test_a_load_that_cannot_be_begun_ends_once(load: Load, is_pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     mover, store, job, _ = load

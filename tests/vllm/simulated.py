@@ -78,9 +78,7 @@ class ByHand:
         """A part of what waits, in any order."""
         for job_id in self._choose.sample(list(self._tasks), len(self._tasks)):
             if self._choose.random() < share:
-                fails = self._choose.random() < failing
-                self.failures += fails
-                self._end(job_id, fails=fails)
+                self._end(job_id, fails=self._choose.random() < failing)
 
     def flush(self, job_ids: Collection[int]) -> None:
         for job_id in job_ids:
@@ -108,7 +106,10 @@ class ByHand:
     def _end(self, job_id: int, *, fails: bool) -> None:
         task, readiness, wanted = self._tasks.pop(job_id)
         ready = readiness is None or readiness() is Readiness.READY
-        self._ended[job_id] = task.run(wanted and ready and not fails)
+        ok = task.run(wanted and ready and not fails)
+        if ok is not None:
+            self._ended[job_id] = ok
+            self.failures += not ok
 
 
 class Simulation:
@@ -147,6 +148,7 @@ class Simulation:
         self._patches.enter_context(patch(f"{adapter}.is_forward_context_available", lambda: bool(self._context)))
         self._patches.enter_context(patch(f"{adapter}.get_forward_context", lambda: self._context))
         self._patches.enter_context(patch("kvferry.transfer.copy._STEP_BYTES", 1))
+        self._patches.enter_context(patch("kvferry.offload.mover._MOST_BEGUN", 100))  # There is no thread to wait in.
         self._silent, self.share_of_graphs = silent, 0.3
         config = EngineArgs(
             str(model),
@@ -266,8 +268,9 @@ class Simulation:
         self.num_by_layer += self.worker._worker._by_layer
         if mover is not None and mover._loads is not self.copies:
             mover._loads.close()
+            mover._ends.close()
             mover._saves.close()
-            mover._loads = mover._saves = self.copies
+            mover._loads = mover._ends = mover._saves = self.copies
             if self.device is not None:
                 mover._copier.cuda = LateCopier(self.device)
         self.copies.run(self.choose.random(), failing)

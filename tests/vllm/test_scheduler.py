@@ -227,6 +227,31 @@ def test_blocks_of_a_request_that_has_ended_stay_until_its_last_pass_is_saved(
     simulation.close()
 
 
+@pytest.mark.parametrize("is_aborted", [False, True], ids=["goes on", "aborted"])
+@pytest.mark.parametrize("saves_late", [False, True])
+def test_what_loses_its_blocks_between_two_steps_is_not_saved_from_them(
+    llama: Path, saves_late: bool, is_aborted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM says who was preempted with the next step, by which the request may have ended."""
+    simulation = Simulation(llama, GROUPS["full"], 8, 0, saves_late=saves_late, is_second_runner=False)
+    prompt = [7 * at % 48 + 2 for at in range(2 * CHUNK + 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(simulation.copies, "run", lambda *_: None)
+        simulation.add("first", prompt, 5)
+        simulation.step()
+        assert simulation.scheduler.reset_prefix_cache(reset_running_requests=True)
+        if is_aborted:
+            simulation.abort("first")
+        simulation.add("other", [11 * at % 48 + 3 for at in range(2 * CHUNK + 1)], 3)
+        for _ in range(2):
+            simulation.step()
+    finish(simulation)
+    assert simulation.scheduler.reset_prefix_cache()
+    simulation.add("again", prompt, 1)
+    finish(simulation)
+    simulation.close()
+
+
 @pytest.mark.parametrize("is_second_runner", [False, True])
 def test_saves_end_in_their_pass_where_blocks_are_written_to_before_any_hook(
     llama: Path, is_second_runner: bool, monkeypatch: pytest.MonkeyPatch

@@ -165,6 +165,8 @@ class SchedulerHalf:
         for name in output.preempted_req_ids or ():
             if (followed := self._followed.get(name)) is not None:
                 told.preempted.append(followed.request_id)
+            # Who was preempted between two steps may have ended since.
+            told.preempted += [number for number in told.finished if told.names[number] == name]
         written = (getattr(output, name, None) for name in ("new_block_ids_to_zero", "kv_cache_block_copies"))
         told.writes |= any(written)
         if self._planner is not None:

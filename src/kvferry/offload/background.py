@@ -37,10 +37,11 @@ class Readiness(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A job in the background. `run(True)` does it, `run(False)` gives it up; the answer: whether it is done well."""
+    """A job in the background. `run(True)` does it, `run(False)` gives it up; the answer: whether it is done well, or
+    None if somebody else goes on with it."""
 
     job_id: int
-    run: Callable[[bool], bool]
+    run: Callable[[bool], bool | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,8 @@ class Background:
                 logger.exception("a job beside the passes broke off")
                 ok = False
             with self._end:
-                self._ended[task.job_id] = ok
+                if ok is not None:
+                    self._ended[task.job_id] = ok
                 self._open.discard(task.job_id)
                 self._end.notify_all()
 

@@ -35,11 +35,11 @@ GAUGES = frozenset(
 _LEAST_GAIN_SECONDS = 0.005
 """Differences below this are not worth a decision, and smaller than what the estimates are wrong by."""
 
-_WAIT_WEIGHT = 0.5
-"""What a wait for other loads counts at most. It takes nothing from others; computing takes the device. While a hit is
-computed, in C seconds, C / L others arrive that load in L, and wait for C / 2 on average: a wait of C * C / 2 L or less
-is better than that, which is to say that it counts 2 L / C. On an H200 that computed 13 to 20 of 64 hits, computing was
-what took longest, and it slows loads besides."""
+_LEAST_WAIT_WEIGHT, _WAIT_WEIGHT = 0.125, 0.5
+"""What a wait for other loads counts at least and at most. It takes nothing from others; computing takes the device.
+While a hit is computed, in C seconds, C / L others arrive that load in L, and wait for C / 2 on average: a wait of
+C * C / 2 L or less is better than that, which is to say that it counts 2 L / C. On an H200 that computed 13 to 20 of 64
+hits, computing was what took longest, and it slows loads besides."""
 
 _LOAD_SECONDS = 0.002
 """What a load costs whatever its size: to be ordered, begun and reported, each with a step of the engine's loop."""
@@ -271,7 +271,8 @@ class CostModel:
     def _gain_seconds(self, hit: Hit) -> float:
         """What is loaded before the others have computed is there before its request's turn: no gain to be quicker."""
         compute, queue = self._compute_seconds(hit), self._queue_seconds()
-        wait_weight = min(_WAIT_WEIGHT, 2 * self._load_seconds(hit, 0.0) / max(compute - queue, _LOAD_SECONDS))
+        share = self._load_seconds(hit, 0.0) / max(compute - queue, _LOAD_SECONDS)
+        wait_weight = min(max(_LEAST_WAIT_WEIGHT, 2 * share), _WAIT_WEIGHT)
         return compute - max(self._load_seconds(hit, wait_weight), queue)
 
     def _compute_seconds(self, hit: Hit) -> float:

@@ -1,8 +1,8 @@
 """Copies the bytes of jobs between the engine's pool and the arena, and tells the store how each job ended.
 
 Loads of a pass, and what must be saved within it, run in the calling thread, which runs the forward pass; loads of
-requests that are not in the batch run in one thread, saves of blocks that outlive the pass in another, so that no load
-waits behind saves.
+requests that are not in the batch are begun in one thread and waited for in another, so that copies follow each other
+without a gap, and saves of blocks that outlive the pass run in a third, so that no load waits behind saves.
 
 Knows jobs, slots and blocks; never a request, a token or a key.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -33,6 +34,12 @@ logger = logging.getLogger(__name__)
 _MOST_LOAD_ENDS = 1024
 """Of those that nobody asks for, the last are kept."""
 
+
+_MOST_BEGUN = 8
+"""Loads beside the passes under way at once: copies follow each other, and their locks take few descriptors."""
+_MOST_BEGUN_BYTES = 1 << 30
+"""While there are no more the calling thread begins loads itself: it takes some milliseconds, and the driver takes them
+all before the device has copied any."""
 
 _SAMPLING_SECONDS = 0.002
 """After a pass the engine samples, and its tokens leave the device on the wire that saves would fill: they let them go
@@ -82,6 +89,12 @@ class Mover:
         self._passing_groups = passing_groups
         self._ready_seconds = options.load_deadline_seconds
         self._loads = Background(f"kvferry-loads-{rank}")
+        self._ends = Background(f"kvferry-ends-{rank}")
+        """Where loads that have begun are waited for."""
+        self._begun: dict[int, int] = {}
+        """By job id, bytes of loads beside the passes that have begun."""
+        self._room = threading.Condition()
+        """For them."""
         self._saves = Background(f"kvferry-saves-{rank}")
         self._groups = frozenset(range(len(layouts)))
         self._loading: dict[int, tuple[CopyJob, list[Copy] | None]] = {}
@@ -113,14 +126,14 @@ class Mover:
     def load_beside(self, job: CopyJob, after: Any) -> None:
         """Copy into the pool once the slots are filled, after the work that `after` marks (`transfer.copy.mark`).
 
-        What only has to be enqueued is enqueued here: while a pass is being launched, a thread would wait for its turn
-        with the interpreter at each of its calls.
+        What only has to be enqueued, and is not much, is enqueued here: while a pass is being launched, a thread would
+        wait for its turn with the interpreter at each of its calls.
         """
         since = time.monotonic()
-        if job.ready and self._is_pinned(job):
+        if job.ready and self._is_pinned(job) and self._has_room(job, waits=False):
             self._end_later(job, self._submit(Direction.TO_POOL, job, self._groups, after), since)
             return
-        task = Task(job.job_id, partial(self._load, job, after, since))
+        task = Task(job.job_id, lambda wanted: self._load(job, after, since, wanted=wanted))
         if job.ready:
             self._loads.submit(task)
         else:
@@ -180,15 +193,17 @@ class Mover:
     def flush(self, job_ids: Collection[int]) -> None:
         """Return when these jobs beside the passes have ended: their blocks are about to be given to others."""
         self._loads.flush(job_ids)
+        self._ends.flush(job_ids)
         self._saves.flush(job_ids)
 
     def wait_for_end(self, seconds: float) -> None:
         """Return when a load beside the passes has ended, or a save if there are no loads, or after so long."""
-        (self._loads if self._loads.is_busy else self._saves).wait_for_end(seconds)
+        threads = (self._ends, self._loads, self._saves)
+        next((thread for thread in threads if thread.is_busy), self._saves).wait_for_end(seconds)
 
     def take_ended(self) -> dict[int, bool]:
         """Ids of jobs beside the passes that ended since the last call, and whether every byte was copied."""
-        return self._loads.take_ended() | self._saves.take_ended()
+        return self._loads.take_ended() | self._ends.take_ended() | self._saves.take_ended()
 
     def take_load_ends(self) -> list[LoadEnd]:
         """How loads beside the passes ended since the last call."""
@@ -198,20 +213,35 @@ class Mover:
         """End loads under way, then what runs beside the passes, then the copying threads."""
         self.end_loads()
         self._loads.close()
+        self._ends.close()
         self._saves.close()
         self._copier.close()
 
-    def _load(self, job: CopyJob, after: Any, since: float, wanted: bool) -> bool:
+    def _load(self, job: CopyJob, after: Any, since: float, *, wanted: bool) -> None:
         """The body of a load's task."""
+        wanted = wanted and self._has_room(job, waits=True)
         copies = self._submit(Direction.TO_POOL, job, self._groups, after) if wanted else None
-        return self._end_load(job, copies, since)
+        self._end_later(job, copies, since)
+
+    def _has_room(self, job: CopyJob, *, waits: bool) -> bool:
+        """Whether a load may begin now, which then counts as begun. waits: it may once there are few enough others."""
+        num_bytes = sum(self._slot(part).num_bytes for part in job.parts)
+        with self._room:
+            if waits:
+                self._room.wait_for(lambda: len(self._begun) < _MOST_BEGUN)
+            elif len(self._begun) >= _MOST_BEGUN or sum(self._begun.values()) + num_bytes > _MOST_BEGUN_BYTES:
+                return False
+            self._begun[job.job_id] = num_bytes
+            return True
 
     def _end_later(self, job: CopyJob, copies: list[Copy] | None, since: float) -> None:
-        self._loads.submit(Task(job.job_id, lambda _: self._end_load(job, copies, since)))
+        self._ends.submit(Task(job.job_id, lambda _: self._end_load(job, copies, since)))
 
     def _end_load(self, job: CopyJob, copies: list[Copy] | None, since: float) -> bool:
-        """The end of a load's task."""
         ok = self._end(job, copies)
+        with self._room:
+            self._begun.pop(job.job_id, None)
+            self._room.notify()
         self._load_ends.append(LoadEnd(job.job_id, time.monotonic() - since, ok))
         return ok
 

@@ -161,6 +161,7 @@ class Planner:
         if known is not None and may_load and self._is_decided(known, request, num_computed_tokens):
             return known.load.offer if known.load else Offer()
         self._forget(request.request_id)
+        self._unsaved.pop(request.request_id, None)  # It was preempted.
         while len(self._matched) >= _MOST_UNALLOCATED:
             self._forget(next(iter(self._matched)))
         tokens = request.get_tokens(0)
@@ -254,13 +255,11 @@ class Planner:
 
     def finished(self, request_id: int) -> bool:
         """The request ended, wherever it was. True: the movers may still be saving its blocks."""
-        tracked, unsaved = self._running.get(request_id), self._unsaved.get(request_id)
+        tracked = self._running.get(request_id)
         self._forget(request_id)
         if request_id in self._lost_loads:
             self._lost_loads.remove(request_id)
-        if unsaved is not None:
-            self._unsaved[request_id] = unsaved
-        return unsaved is not None or (tracked is not None and tracked.saves)
+        return request_id in self._unsaved or (tracked is not None and tracked.saves)
 
     def keys(self, request_id: int) -> Sequence[bytes]:
         """The keys of a running request's full chunks, as far as its tokens are known here."""
@@ -293,7 +292,6 @@ class Planner:
 
     def _forget(self, request_id: int) -> None:
         self._cost.expect(request_id, 0)
-        self._unsaved.pop(request_id, None)
         for requests in (self._matched, self._running):
             if (tracked := requests.pop(request_id, None)) is not None and tracked.load is not None:
                 self._cancel(tracked.load)

@@ -51,6 +51,9 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         self.work.append((None, event))
 
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.record_event())
+
     def record_event(self) -> Event:
         event = Event(self._device)
         self.enqueue(event.pass_by)
@@ -68,7 +71,7 @@ class LateDevice:
     """Streams whose work runs one piece at a time."""
 
     def __init__(self, choose: random.Random) -> None:
-        self._choose = choose
+        self.choose = choose
         self._streams: list[Stream] = []
         self._is_settled = False
 
@@ -82,16 +85,12 @@ class LateDevice:
         self._streams.insert(0, stream)
         self._is_settled = True
 
-    def is_kind(self) -> bool:
-        """Either, by chance."""
-        return self._choose.random() < 0.5
-
     def run_one(self) -> None:
         """The next piece of one stream's work."""
         ready = [stream for stream in self._streams if stream.can_go_on]
         assert ready, "streams wait for each other"
-        if not self._is_settled and self._choose.random() < 0.05:
-            self._choose.shuffle(self._streams)
+        if not self._is_settled and self.choose.random() < 0.05:
+            self.choose.shuffle(self._streams)
         run, _ = min(ready, key=self._streams.index).work.popleft()
         if run is not None:
             run()
@@ -107,7 +106,7 @@ class LateCopier:
     """Stands for `CudaCopier`."""
 
     def __init__(self, device: LateDevice) -> None:
-        self._device = device
+        self._choose = device.choose
         self.streams = {way: device.stream() for way in Direction}
         self._wire = device.stream()
         self._buffers: list[npt.NDArray[np.uint8]] = []
@@ -126,7 +125,8 @@ class LateCopier:
         return self._wire
 
     def is_pinned(self, _offset: int, _num_bytes: int) -> bool:
-        return self._device.is_kind()
+        """Whether the host has nothing to do with a load: chance decides."""
+        return self._choose.random() < 0.5
 
     def synchronize(self) -> None:
         for stream in (*self.streams.values(), self._wire):

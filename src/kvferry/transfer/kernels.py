@@ -118,7 +118,9 @@ class PageKernel:
             lists: list[torch.Tensor] = []
 
             def move(first: int, end: int) -> None:
-                lists.extend(() if lists else addresses.send(plan))  # Not before a load's first bytes are sent.
+                lists.extend(
+                    () if lists else addresses.send(plan)
+                )  # Not before a load's first bytes, which would wait.
                 grid = (min(num_programs, end - first),)
                 _move[grid](*lists, first, end, WORDS=_WORDS, num_warps=_NUM_WARPS)
 

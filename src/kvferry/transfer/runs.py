@@ -3,8 +3,8 @@ buffer and the arena a copy engine moves runs of them.
 
 An arena keeps the pages of one layer and chunk side by side; a pool has them anywhere. Told of single pages, a copy
 engine needs a microsecond of the host's time for each, and for as long as it has work, copies of 64 KiB and more that
-others want the same way, such as a pass's inputs, do not begin. So it is told of runs, and between two calls here it is
-idle for a moment, in which others' copies begin.
+others want the same way, such as a pass's inputs, do not begin. So it is told of runs, and between two calls that load
+it is idle for a moment, in which others' copies begin.
 
 Knows addresses and streams; no block, no part and no store.
 """
@@ -87,13 +87,14 @@ class RunCopies:
             plan = plan.cut_at_edges(plan.sources, 0, _LONGEST_PAGE_BYTES)
         if not (self._has_runs(plan) and self._pages.can_move(plan)):
             return None
-        try:
-            with self._lock:
-                return self._copy(plan, stream)
-        except Exception as error:  # noqa: BLE001 - compilers and allocators raise what they like, and there are other ways
-            self._works = False
-            self._log.warn("runs", "%s: pages are copied one by one, which is slower: %r", self._direction.value, error)
-            return None
+        with self._lock:
+            try:
+                return self._copy(plan, stream) if self._works else None
+            except Exception as error:  # noqa: BLE001 - compilers and allocators raise what they like
+                self._works = False
+                way = self._direction.value
+                self._log.warn("runs", "%s: pages are copied one by one, which is slower: %r", way, error)
+                return None
 
     def _copy(self, plan: Plan, stream: Any) -> Any:
         half_bytes = PIECE_BYTES + _LONGEST_PAGE_BYTES
@@ -111,7 +112,7 @@ class RunCopies:
         run_heads = [*np.searchsorted(run_starts, starts[heads[:-1]]).tolist(), len(run_starts)]
         first, second = (self._wire, stream) if self._is_load else (stream, self._wire)
         if self._seen is not None:
-            first.wait_event(self._seen)  # The moment in which the copy engine has nothing to do.
+            first.wait_event(self._seen)  # Of a load: the moment in which the copy engine has nothing to do.
         with self._pages.listed(moved, stream) as move:
             bounds = zip(itertools.pairwise(run_heads), itertools.pairwise(heads.tolist()), strict=True)
             for of_runs, of_pages in bounds:

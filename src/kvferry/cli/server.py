@@ -74,8 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     from kvferry.store.assembly import open_store
 
     names = {option.name for option in fields(StoreOptions)}  # An argument that sets one has its name.
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    options = load_options({name: value for name, value in given.items() if value is not None})
+    given = vars(arguments).items()
+    options = load_options({name: value for name, value in given if name in names and value is not None})
     endpoint = Endpoint.parse(_url(arguments, options))
     has_keys = arguments.curve_secret is not None
     keys = ServerKeys.read(arguments.curve_secret, arguments.curve_clients) if has_keys else None

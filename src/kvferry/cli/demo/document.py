@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from dataclasses import dataclass
@@ -39,16 +40,10 @@ def make_prompts(tokenizer: Any, min_shared_tokens: int) -> Prompts:
     """
     text = document()
     ends = [match.end() for match in re.finditer(r"[.:](?=\s*\n|\s+[A-Z*\"])", text)]
-    low, high = 0, len(ends)
-    while low < high:
-        middle = (low + high) // 2
-        if _ask(tokenizer, text[: ends[middle]]).num_shared_tokens >= min_shared_tokens:
-            high = middle
-        else:
-            low = middle + 1
-    if low == len(ends):
+    first = bisect.bisect_left(ends, min_shared_tokens, key=lambda end: _ask(tokenizer, text[:end]).num_shared_tokens)
+    if first == len(ends):
         raise ValueError(f"the document is too short for {min_shared_tokens} shared tokens")
-    return _ask(tokenizer, text[: ends[low]])
+    return _ask(tokenizer, text[: ends[first]])
 
 
 def document() -> str:

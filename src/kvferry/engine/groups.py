@@ -261,11 +261,6 @@ class GroupedBlocks:
         for pool, held in zip(self.pools, block_ids, strict=True):
             pool.release([block_id for block_id in held if block_id != NO_BLOCK])
 
-    @property
-    def num_free(self) -> int:
-        """Free blocks of the group that has fewest."""
-        return min(pool.num_free for pool in self.pools)
-
     def check(self, held: Iterable[Sequence[Sequence[int]]]) -> None:
         """InvariantError unless every pool's books are right and its references are those of the `held` block ids."""
         in_use = [0] * len(self.pools)

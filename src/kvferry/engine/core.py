@@ -83,8 +83,7 @@ class EngineCore:
     def submit(self, sequence: Sequence, listener: Listener) -> None:
         """Queue a sequence. EngineDeadError: the engine has ended."""
         with self._close_lock:
-            if self._is_closed or self.failure is not None:
-                raise self._death()
+            self._check_alive()
             self._sequences[sequence.request_id] = sequence
             self._listeners[sequence.request_id] = listener
             self._commands.put(lambda: self._scheduler.add(sequence))
@@ -107,21 +106,19 @@ class EngineCore:
             done.set()
 
         with self._close_lock:
-            if self._is_closed or self.failure is not None:
-                raise self._death()
+            self._check_alive()
             self._commands.put(run)
         while not done.wait(0.1):
             if not self._thread.is_alive():
-                raise self._death()
+                self._check_alive()
         if raised:
             raise raised[0]
 
-    def _death(self) -> EngineDeadError:
-        if isinstance(self.failure, EngineDeadError):
-            return EngineDeadError(str(self.failure))
-        error = EngineDeadError("the engine has ended")
-        error.__cause__ = self.failure
-        return error
+    def _check_alive(self) -> None:
+        """EngineDeadError: the engine has ended."""
+        if self._is_closed or self.failure is not None:
+            is_told = isinstance(self.failure, EngineDeadError)
+            raise EngineDeadError(str(self.failure) if is_told else "the engine has ended") from self.failure
 
     def shutdown(self) -> None:
         """Abort what runs, tell the connector, end the thread. Further calls do nothing."""

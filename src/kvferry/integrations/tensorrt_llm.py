@@ -23,7 +23,7 @@ from typing import Any
 
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig, load_options
 from kvferry.connector.config import LlmArgs
-from kvferry.connector.layout import KvCacheLayerGroupLayout, KvCacheLayout, KvCacheRegion, describe_pools
+from kvferry.connector.layout import KvCacheLayerGroupLayout, KvCacheLayout, KvCacheRegion, describe_kv
 from kvferry.errors import ConfigError, ConnectorError, KVFerryError
 from kvferry.integrations.trtllm_namespace import install
 from kvferry.integrations.weights import name_weights
@@ -197,8 +197,8 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
 
     def register_kv_caches(self, kv_cache_tensor: Any) -> None:
         """On all ranks at the same time. ConfigError: an option is wrong, on any of them."""
-        layers = tuple(range(kv_cache_tensor.shape[1]))
-        self._register(describe_pools(self._tokens_per_block, [(layers, None, kv_cache_tensor)]))
+        group = describe_kv(0, tuple(range(kv_cache_tensor.shape[1])), None, kv_cache_tensor)
+        self._register(KvCacheLayout(self._tokens_per_block, (group,)))
 
     def register_kv_cache_layout(self, layout: Any) -> None:
         """As `register_kv_caches`."""

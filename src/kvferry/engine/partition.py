@@ -43,19 +43,16 @@ class RankGroup:
     def join(self) -> None:
         """Wait for the other ranks. ConnectionError: they did not come."""
         try:
-            self._connect()
+            store = distributed.FileStore(str(self._store_path), self.size)
+            store.set_timeout(_JOIN_TIMEOUT)
+            if self._device.type == "cuda":
+                self._group = distributed.ProcessGroupNCCL(store, self.rank, self.size, timeout=_SUM_TIMEOUT)
+            else:
+                # gloo connects all ranks while it is made, under this deadline.
+                self._group = distributed.ProcessGroupGloo(store, self.rank, self.size, timeout=_JOIN_TIMEOUT)
+                self._group.set_timeout(_SUM_TIMEOUT)
         except RuntimeError as error:
             raise ConnectionError(f"the ranks did not find each other: {error}") from error
-
-    def _connect(self) -> None:
-        store = distributed.FileStore(str(self._store_path), self.size)
-        store.set_timeout(_JOIN_TIMEOUT)
-        if self._device.type == "cuda":
-            self._group = distributed.ProcessGroupNCCL(store, self.rank, self.size, timeout=_SUM_TIMEOUT)
-        else:
-            # gloo connects all ranks while it is made, under this deadline.
-            self._group = distributed.ProcessGroupGloo(store, self.rank, self.size, timeout=_JOIN_TIMEOUT)
-            self._group.set_timeout(_SUM_TIMEOUT)
 
     def sum_(self, tensor: torch.Tensor) -> None:
         """Replace a contiguous tensor by the sum of all ranks'. ConnectionError: a rank has ended; on a GPU that may

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from kvferry.engine.text import chat_tokens
+
 TOPICS = ("execmodel", "import", "exceptions", "naming", "strings", "calls")
 """Topics of the standard library's `pydoc_data`, which the document is cut from, in this order."""
 
@@ -62,11 +64,8 @@ def make_other_prompts(tokenizer: Any, num_prompts: int, num_tokens: int) -> lis
 
 
 def _ask(tokenizer: Any, text: str) -> Prompts:
-    prompts = []
-    for question in QUESTIONS:
-        messages = [{"role": "system", "content": _INSTRUCTION + text}, {"role": "user", "content": question}]
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        prompts.append(list(encoded["input_ids"]))
+    system = {"role": "system", "content": _INSTRUCTION + text}
+    prompts = [chat_tokens(tokenizer, [system, {"role": "user", "content": question}]) for question in QUESTIONS]
     return Prompts(QUESTIONS, tuple(prompts), _count_shared(prompts))
 
 

@@ -1,6 +1,6 @@
 """Every option of kvferry, and the only reader of the environment and of YAML. Knows nothing that options configure.
 
-An option's type, limits and one-line description stand at its field and nowhere else.
+An option's type, which says its limits, and its one-line description stand at its field and nowhere else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -27,88 +26,92 @@ CONFIG_FILE_VARIABLE = "KVFERRY_CONFIG_FILE"
 _PATHS = frozenset({"arena_dir", "disk_path", "client_secret"})
 """Options in which `~` means the user's home."""
 
+Count = Annotated[int, Meta(ge=1)]
+Size = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(gt=0, le=1)]
 
-def option(default: Any, description: str, **limits: Any) -> Any:
-    """A field of an option class: its default, one line about it, and msgspec's limits (`ge`, `gt`) of its value."""
-    metadata = {"description": description, "limits": Meta(**limits)}
+
+def option(default: Any, description: str) -> Any:
+    """A field of an option class, whose type says its limits: its default, and one line about it."""
+    metadata = {"description": description}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
-class StoreOptions:
+class _Options:
+    """What every option class does with its values."""
+
+    def __post_init__(self) -> None:
+        """Replace each by its converted value. ConfigError: it has none."""
+        for item in fields(self):
+            value = _convert(type(self), item.name, getattr(self, item.name), f"of {type(self).__name__}")
+            object.__setattr__(self, item.name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions(_Options):
     """Options of the store and of the presets `kvferry` and `kvferry-server`.
 
     Set by argument, by `KVFERRY_<NAME>` or in the YAML file that KVFERRY_CONFIG_FILE names: the first that sets an
     option wins (`load_options`). ConfigError: a value of another type or out of range.
     """
 
-    chunk_tokens: int = option(256, "tokens per chunk, a multiple of the engine's block size", ge=1)
-    l1_size_gb: float = option(4.0, "size of the arena in shared memory, in 10^9 bytes", gt=0)
+    chunk_tokens: Count = option(256, "tokens per chunk, a multiple of the engine's block size")
+    l1_size_gb: Positive = option(4.0, "size of the arena in shared memory, in 10^9 bytes")
     eviction_policy: Literal["lru", "s3fifo"] = option("lru", "which chunks leave a full arena first")
     arena_dir: str | None = option(None, "folder of the arena; default a private folder of the user's in /dev/shm")
     disk_path: str | None = option(None, "folder of the disk tier; default none")
-    disk_size_gb: float = option(20.0, "most that the disk tier may occupy, temporary files too, in 10^9 bytes", gt=0)
-    disk_threads: int = option(2, "threads that read and write the disk tier", ge=1)
+    disk_size_gb: Positive = option(20.0, "most that the disk tier may occupy, temporary files too, in 10^9 bytes")
+    disk_threads: Count = option(2, "threads that read and write the disk tier")
     async_load: Literal["auto", "always", "never"] = option(
         "auto", "which loads take their request out of the batch; auto: those from lower tiers, and large ones"
     )
-    async_load_bytes: int = option(64_000_000, "bytes on one rank from which on a load is large", ge=0)
+    async_load_bytes: Size = option(64_000_000, "bytes on one rank from which on a load is large")
     load_when: Literal["auto", "always"] = option(
         "auto", "which hits are loaded; auto: those that are expected to take no longer than to compute them"
     )
-    max_load_bytes_in_flight: int = option(
-        8_000_000_000,
-        "bytes on one rank that loads may wait for; beyond, hits are loaded only if known to be quicker",
-        ge=0,
+    max_load_bytes_in_flight: Size = option(
+        8_000_000_000, "bytes on one rank that loads may wait for; beyond, hits are loaded only if known to be quicker"
     )
-    load_deadline_seconds: float = option(2.0, "longest that a request waits for lower tiers; then it computes", ge=0)
-    close_deadline_seconds: float = option(10.0, "longest that closing waits for writes to lower tiers", ge=0)
+    load_deadline_seconds: NotNegative = option(2.0, "longest that a request waits for lower tiers; then it computes")
+    close_deadline_seconds: NotNegative = option(10.0, "longest that closing waits for writes to lower tiers")
     server_url: str | None = option(None, "where the cache server is; default a socket in the user's runtime folder")
     server_key: str | None = option(None, "the cache server's public key, or a file that holds it; for TCP with keys")
     client_secret: str | None = option(None, "file of the key by which the cache server knows this client")
-    connect_deadline_seconds: float = option(0.5, "longest that an engine's start waits for the cache server", ge=0)
-    match_deadline_seconds: float = option(0.02, "longest that a request waits for a server to say what it has", gt=0)
-    job_deadline_seconds: float = option(0.05, "longest that a request waits for a server to lease memory", gt=0)
+    connect_deadline_seconds: NotNegative = option(0.5, "longest that an engine's start waits for the cache server")
+    match_deadline_seconds: Positive = option(0.02, "longest that a request waits for a server to say what it has")
+    job_deadline_seconds: Positive = option(0.05, "longest that a request waits for a server to lease memory")
     log_level: Literal["debug", "info", "warning", "error"] = option("warning", "level of the logger `kvferry`")
-
-    def __post_init__(self) -> None:
-        _normalize_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
-class KvCacheConfig:
+class KvCacheConfig(_Options):
     """The embedded engine's pool. ConfigError: a value of another type or out of range."""
 
-    tokens_per_block: int = option(32, "tokens per block", ge=1)
-    max_tokens: int | None = option(None, "most tokens that the pool holds; default what model and batch need", ge=1)
-    free_gpu_memory_fraction: float | None = option(
-        None,
-        "most that the pool takes of a GPU's free or the machine's available memory; default 0.8 or 1 GB",
-        gt=0,
-        le=1,
+    tokens_per_block: Count = option(32, "tokens per block")
+    max_tokens: Count | None = option(None, "most tokens that the pool holds; default what model and batch need")
+    free_gpu_memory_fraction: Share | None = option(
+        None, "most that the pool takes of a GPU's free or the machine's available memory; default 0.8 or 1 GB"
     )
     max_attention_window: tuple[int, ...] | None = option(
         None, "attention windows of the layers in turn, which must be the model's own; default those"
     )
     enable_block_reuse: bool = option(True, "whether requests share the pool's blocks of a common prefix")
-    state_interval_tokens: int = option(
-        256,
-        "tokens between kept states of recurrent layers, where passes over a prompt end; best the chunk_tokens",
-        ge=1,
+    state_interval_tokens: Count = option(
+        256, "tokens between kept states of recurrent layers, where passes over a prompt end; best the chunk_tokens"
     )
-    max_loading_share: float = option(0.5, "share of the pool that requests may hold while they load", gt=0, le=1)
-    transfer_deadline_seconds: float = option(
-        30.0, "longest that the engine waits for a connector's asynchronous load or save", gt=0
+    max_loading_share: Share = option(0.5, "share of the pool that requests may hold while they load")
+    transfer_deadline_seconds: Positive = option(
+        30.0, "longest that the engine waits for a connector's asynchronous load or save"
     )
-
-    def __post_init__(self) -> None:
-        _normalize_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
-class KvCacheConnectorConfig:
+class KvCacheConnectorConfig(_Options):
     """Which connector an engine uses: a preset by name, or a module and its two classes.
 
     ConfigError: both, neither, or a module without both its classes.
@@ -122,7 +125,7 @@ class KvCacheConnectorConfig:
     options: Mapping[str, Any] = option(dict, "for the connector; the preset `kvferry` takes names of StoreOptions")
 
     def __post_init__(self) -> None:
-        _normalize_fields(self)
+        _Options.__post_init__(self)  # a dataclass with slots cannot say super()
         names = ("connector_module", "connector_scheduler_class", "connector_worker_class")
         given = [name for name in names if getattr(self, name) is not None]
         missing = [name for name in names if getattr(self, name) is None]
@@ -138,7 +141,7 @@ class KvCacheConnectorConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineOptions:
+class EngineOptions(_Options):
     """The keyword arguments of `kvferry.LLM`, as an engine's YAML names them.
 
     ConfigError: a value of another type or out of range.
@@ -146,19 +149,14 @@ class EngineOptions:
 
     kv_cache_config: KvCacheConfig = option(KvCacheConfig, "the pool")
     kv_connector_config: KvCacheConnectorConfig | None = option(None, "the connector; default none")
-    tensor_parallel_size: int = option(1, "ranks that share the model's heads, one process and GPU each", ge=1)
-    rank_timeout_seconds: float = option(10.0, "a rank that shows no life for so long ends the engine", gt=0)
-    max_seq_len: int | None = option(
-        None, "most tokens of a prompt and its output; at most the model's, its default", ge=1
-    )
-    max_batch_size: int = option(8, "most requests that run at once", ge=1)
-    max_num_tokens: int = option(8192, "most tokens of one forward pass", ge=1)
+    tensor_parallel_size: Count = option(1, "ranks that share the model's heads, one process and GPU each")
+    rank_timeout_seconds: Positive = option(10.0, "a rank that shows no life for so long ends the engine")
+    max_seq_len: Count | None = option(None, "most tokens of a prompt and its output; at most the model's, its default")
+    max_batch_size: Count = option(8, "most requests that run at once")
+    max_num_tokens: Count = option(8192, "most tokens of one forward pass")
     enable_chunked_prefill: bool = option(True, "whether a prompt may be spread over several forward passes")
     dtype: str = option("auto", "torch's name of the type of weights and pool, or auto")
     device: str = option("auto", "torch's name of the device, or auto")
-
-    def __post_init__(self) -> None:
-        _normalize_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +166,9 @@ class IgnoredKvCacheOptions:
     enable_partial_reuse: bool = option(True, "blocks are shared whole or not at all")
     copy_on_partial_reuse: bool = option(True, "likewise")
     use_kv_cache_manager_v2: bool | Literal["auto"] = option("auto", "there is one manager, with layer groups")
-    host_cache_size: int | None = option(None, "the engine has no tier of its own: that is the connector's", ge=0, le=0)
+    host_cache_size: Annotated[int, Meta(ge=0, le=0)] | None = option(
+        None, "the engine has no tier of its own: that is the connector's"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ class IgnoredEngineOptions:
     cuda_graph_config: Mapping[str, Any] | None = option(None, "passes are not captured")
     disable_overlap_scheduler: bool = option(False, "a pass is scheduled when the one before has ended")
     trust_remote_code: bool = option(False, "models are transformers' own")
-    pipeline_parallel_size: int = option(1, "every rank has all layers", ge=1, le=1)
+    pipeline_parallel_size: Annotated[int, Meta(ge=1, le=1)] = option(1, "every rank has all layers")
 
 
 _IGNORED: Mapping[Any, Any] = {KvCacheConfig: IgnoredKvCacheOptions, EngineOptions: IgnoredEngineOptions}
@@ -291,17 +291,10 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> N
             raise ConfigError(f"unknown option {name!r} {where}; {hint}known: {', '.join(known)}")
 
 
-def _normalize_fields(options: Any) -> None:
-    """Replace each field of an option object by its converted value. ConfigError: it has none."""
-    for item in fields(options):
-        value = _convert(type(options), item.name, getattr(options, item.name), f"of {type(options).__name__}")
-        object.__setattr__(options, item.name, value)
-
-
 def _convert(cls: Any, name: str, value: Any, where: str, *, strict: bool = True) -> Any:
     """`value` in the type of the field `name`; texts of the environment are parsed with strict=False."""
     hint = _hints(cls)[name]
-    nested = _option_class(hint)
+    nested: Any = next((item for item in (hint, *get_args(hint)) if is_dataclass(item)), None)  # alone or as `X | None`
     if nested is not None and isinstance(value, nested):
         return value
     if nested is not None and isinstance(value, Mapping):
@@ -314,10 +307,11 @@ def _convert(cls: Any, name: str, value: Any, where: str, *, strict: bool = True
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     try:
-        converted = msgspec.convert(value, _limited(cls, name), strict=strict)
+        converted = msgspec.convert(value, hint, strict=strict)
     except msgspec.ValidationError as error:
+        message = str(error)
         choices = get_args(hint) if get_origin(hint) is Literal else ()
-        reason = f"expected one of {', '.join(choices)}" if choices else _lower_first(str(error))
+        reason = f"expected one of {', '.join(choices)}" if choices else message[:1].lower() + message[1:]
         raise ConfigError(f"option {name!r} {where} is {value!r}: {reason}") from error
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ConfigError(f"option {name!r} {where} is {value!r}: expected a finite number")
@@ -326,29 +320,10 @@ def _convert(cls: Any, name: str, value: Any, where: str, *, strict: bool = True
 
 @cache
 def _hints(cls: Any) -> Mapping[str, Any]:
-    """The type of each field of an option class."""
-    resolved = get_type_hints(cls)
+    """The type of each field of an option class, with its limits."""
+    resolved = get_type_hints(cls, include_extras=True)
     return {item.name: resolved[item.name] for item in fields(cls)}
-
-
-@cache
-def _limited(cls: Any, name: str) -> Any:
-    """A field's type with its limits; in `X | None` they are X's."""
-    hint = _hints(cls)[name]
-    limits = next(item.metadata["limits"] for item in fields(cls) if item.name == name)
-    if NoneType in get_args(hint):
-        return Annotated[get_args(hint)[0], limits] | None
-    return Annotated[hint, limits]
-
-
-def _option_class(hint: Any) -> Any:
-    """The option class that a field holds, alone or as `X | None`; None for plain values."""
-    return next((item for item in (hint, *get_args(hint)) if is_dataclass(item)), None)
 
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvferry.connector.layout import KvCacheLayout, describe_pools, valid_page_slots
+from kvferry.connector.layout import KvCacheLayout, describe_kv, valid_page_slots
 
 
 def make_layout(num_groups: int) -> tuple[KvCacheLayout, list[torch.Tensor]]:
     """Groups of two layers each, pools of 64 pages."""
     pools = [torch.rand(64, 2, 2, 16) for _ in range(num_groups)]
     described = [((2 * index, 2 * index + 1), None, pool) for index, pool in enumerate(pools)]
-    return describe_pools(4, described), pools
+    return KvCacheLayout(4, tuple(describe_kv(index, *pool) for index, pool in enumerate(described))), pools
 
 
 def test_places_without_a_page_are_left_out_and_the_others_keep_theirs() -> None:

@@ -170,10 +170,10 @@ def test_aborting_a_loading_request_frees_its_blocks_once_the_copy_ends(llama: s
         handle.abort()
         assert handle.result(timeout=30).finish_reason is FinishReason.ABORT
         llm._core.call(lambda: None)
-        assert llm._blocks.num_free == llm._blocks.num_blocks - 6
+        assert llm._blocks.pools[0].num_free == llm._blocks.num_blocks - 6
         assert [call.arguments for call in shelf.called("cancel_load")] == [(handle.request_id, 0, 5 * BLOCK)]
         shelf.may_end_loads = True
-        while llm._blocks.num_free < llm._blocks.num_blocks:
+        while llm._blocks.pools[0].num_free < llm._blocks.num_blocks:
             llm._core.call(lambda: None)
         llm.check()
 

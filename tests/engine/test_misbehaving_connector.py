@@ -175,9 +175,9 @@ def test_a_load_that_never_ends_is_computed_elsewhere_and_its_blocks_stay_taken(
         shelf.asynchronous_loads, shelf.may_end_loads = True, False
         output = llm.generate(PROMPT, PARAMS)
         llm.check()
-        assert llm._blocks.num_free == llm._blocks.num_blocks - 6
+        assert llm._blocks.pools[0].num_free == llm._blocks.num_blocks - 6
         shelf.may_end_loads = True
-        while llm._blocks.num_free < llm._blocks.num_blocks:
+        while llm._blocks.pools[0].num_free < llm._blocks.num_blocks:
             llm._core.call(lambda: None)
         llm.check()
     assert list(output.token_ids) == reference(llama, PROMPT, 6, True)

@@ -14,7 +14,7 @@ import torch
 
 from kvferry import LLM, KvCacheConfig, KvCacheConnectorConfig, SamplingParams
 from kvferry.connector.api import RequestData, SchedulerOutput
-from kvferry.connector.layout import KvCacheBufferRef, KvCacheLayout, describe_pools
+from kvferry.connector.layout import KvCacheBufferRef, KvCacheLayout, describe_kv
 from kvferry.errors import ConfigError, ConnectorError
 from kvferry.integrations import tensorrt_llm as adapter
 from kvferry.integrations.weights import name_weights
@@ -275,7 +275,7 @@ def test_wrong_options_end_the_start(models: dict[str, str], monkeypatch: pytest
 
 def test_layouts_are_taken_as_they_are_or_not_at_all() -> None:
     pools = [((0, 2), 16, torch.rand(4, 2, 2, 8)), ((1,), None, torch.rand(4, 1, 2, 8))]
-    layout = describe_pools(2, pools)
+    layout = KvCacheLayout(2, tuple(describe_kv(index, *pool) for index, pool in enumerate(pools)))
     own = adapter._own_layout(layout)
     assert isinstance(own, KvCacheLayout)
     assert [group.window_size for group in own.groups] == [16, None]

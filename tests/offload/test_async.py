@@ -106,10 +106,10 @@ def test_aborting_while_loading_ends_the_wait_with_the_next_pass(
     engine.step()
     assert loading.status is SequenceStatus.LOADING
     engine.abort(loading)
-    assert engine.blocks.num_free < engine.blocks.num_blocks
+    assert engine.blocks.pools[0].num_free < engine.blocks.num_blocks
     engine.run(prompt(10, seed=1), max_tokens=2)
     engine.settle()
-    assert engine.blocks.num_free == engine.blocks.num_blocks
+    assert engine.blocks.pools[0].num_free == engine.blocks.num_blocks
     assert store_of(engine).stats()["leases"] == 0
     backends[-1].gate.set()
     check_idle(engine)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import zmq
 
-from kvferry.blocks import Geometry, GroupKind, GroupSpec
+from kvferry.blocks import Geometry, GroupKind, GroupSpec, Tier
 from kvferry.config import StoreOptions, default_server_url
 from kvferry.errors import ConfigError, InvariantError, StoreError
 from kvferry.server import sessions
@@ -49,6 +49,7 @@ from kvferry.server.protocol import (
 )
 from kvferry.server.server import StoreServer
 from kvferry.server.sessions import SILENCE_SECONDS, greeting
+from kvferry.store.base import Match
 from kvferry.store.keys import root_key
 from kvferry.testing.servers import Served, ServerProcess, serve, wait_until
 
@@ -192,7 +193,7 @@ def test_a_session(served: Served, peer: Peer) -> None:
     assert isinstance(begun, Begun)
     assert begun.job is not None
     assert peer.ask(JobDone(begun.job.job_id, 0, True)) == Done()
-    assert peer.ask(AskMatch(ROOT, join_keys(KEYS))) == Found(3, bytes(3))
+    assert peer.ask(AskMatch(ROOT, join_keys(KEYS))) == Found(Match(3, (Tier.MEMORY,) * 3))
     peer.send(encode((UNNUMBERED, 0.0, Bye())))
     assert peer.ask(AskMatch(ROOT, join_keys(KEYS))) == Stranger()
     assert served.store.geometry("engine") is None

@@ -25,9 +25,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kvferry.cli.columns import print_columns
 from kvferry.config import KvCacheConnectorConfig
 from kvferry.errors import ConfigError
+from kvferry.observability.columns import aligned
 
 _OWN_FOLDER = {"persistent": "folder"}
 """Presets that keep files in the user's home unless this option says where: checked in a folder that is removed."""
@@ -84,9 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_lists() -> None:
     from kvferry.testing.connector import SCENARIOS, Fault
 
-    print_columns(("scenario", "what it is"), [(name, scenario.__doc__ or "") for name, scenario in SCENARIOS.items()])
+    print(aligned(("scenario", "what it is"), [(name, scenario.__doc__ or "") for name, scenario in SCENARIOS.items()]))
     print()
-    print_columns(("fault", "what the contract says"), [(fault.label, fault.contract) for fault in Fault])
+    print(aligned(("fault", "what the contract says"), [(fault.label, fault.contract) for fault in Fault]))
 
 
 def _config(arguments: argparse.Namespace, folder: str) -> KvCacheConnectorConfig:

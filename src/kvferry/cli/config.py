@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 
-from kvferry.cli.columns import print_columns
 from kvferry.config import explain_options
+from kvferry.observability.columns import aligned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,5 +27,5 @@ def run(arguments: argparse.Namespace) -> int:
         (setting.name, "-" if setting.value is None else str(setting.value), setting.source, setting.description)
         for setting in explain_options()
     ]
-    print_columns(("option", "value", "source", "meaning"), rows)
+    print(aligned(("option", "value", "source", "meaning"), rows))
     return 0

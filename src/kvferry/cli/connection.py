@@ -1,4 +1,7 @@
-"""How commands reach a cache server, and what they mean by a model, a salt and tokens. Prints nothing."""
+"""How commands reach a cache server, what they mean by a model, a salt and tokens, and how they write sizes.
+
+Prints nothing.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,11 @@ def duration(text: str) -> float:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 90, 15m, 2h or 7d")
     return float(found[1]) * _SECONDS[found[2]]
+
+
+def megabytes(num_bytes: float) -> str:
+    """In millions of bytes, which is what sizes of stores are given in a thousand of."""
+    return f"{num_bytes / 1e6:,.1f} MB"
 
 
 def find_models(console: Console, name: str) -> list[Model]:

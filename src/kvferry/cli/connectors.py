@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from kvferry.cli.columns import print_columns
+from kvferry.observability.columns import aligned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,5 +29,5 @@ def run(arguments: argparse.Namespace) -> int:
         except ConnectorImportError as error:
             state = str(error)
         rows.append((name, preset.module, state))
-    print_columns(("preset", "module", "state"), rows)
+    print(aligned(("preset", "module", "state"), rows))
     return 0

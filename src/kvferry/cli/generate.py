@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Stream one completion."""
     from kvferry import LLM, SamplingParams
+    from kvferry.engine.text import chat_tokens
 
     set_up_output()
     params = SamplingParams(
@@ -60,15 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
     options = engine_options(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     with LLM(arguments.model, **options) as llm:
-        output = _stream(llm, _chat(llm, prompt) if arguments.chat else prompt, params)
+        if arguments.chat:
+            prompt = chat_tokens(llm.tokenizer, [{"role": "user", "content": prompt}])
+        output = _stream(llm, prompt, params)
     print(_summary(output), file=sys.stderr)
     return 0
-
-
-def _chat(llm: LLM, prompt: str) -> list[int]:
-    from kvferry.engine.text import chat_tokens
-
-    return chat_tokens(llm.tokenizer, [{"role": "user", "content": prompt}])
 
 
 def _stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> RequestOutput:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 
-from kvferry.cli.columns import megabytes, print_columns
-from kvferry.cli.connection import add_connection_arguments, connect, find_models
+from kvferry.cli.connection import add_connection_arguments, connect, find_models, megabytes
+from kvferry.observability.columns import aligned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,5 +42,5 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for use in sorted(usage, key=lambda use: -use.num_bytes)
     ]
-    print_columns(("tag", "salt", "entries", "size", "model"), rows)
+    print(aligned(("tag", "salt", "entries", "size", "model"), rows))
     return 0

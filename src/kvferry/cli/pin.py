@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from kvferry.cli.columns import megabytes
-from kvferry.cli.connection import add_selection_arguments, connect, duration, selection
+from kvferry.cli.connection import add_selection_arguments, connect, duration, megabytes, selection
 from kvferry.errors import ConfigError
 
 

@@ -15,6 +15,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import threading
@@ -74,8 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     from kvferry.store.assembly import open_store
 
     names = {option.name for option in fields(StoreOptions)}  # An argument that sets one has its name.
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    options = load_options({name: value for name, value in given.items() if value is not None})
+    given = vars(arguments).items()
+    options = load_options({name: value for name, value in given if name in names and value is not None})
     endpoint = Endpoint.parse(_url(arguments, options))
     has_keys = arguments.curve_secret is not None
     keys = ServerKeys.read(arguments.curve_secret, arguments.curve_clients) if has_keys else None
@@ -85,19 +86,16 @@ def run(arguments: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in _SIGNALS:
         signal.signal(number, lambda *_: stop.set())
-    store = _patiently(lambda: open_store(options, for_server=True, quotas=dict(arguments.quota)))
-    try:
+    with contextlib.ExitStack() as at_end:
+        store = _patiently(lambda: open_store(options, for_server=True, quotas=dict(arguments.quota)))
+        at_end.callback(store.close, keep_arena=arguments.keep_arena)
         server = _patiently(lambda: StoreServer(Answerer(store, options), endpoint, keys))
-        try:
-            print(f"kvferry server: {options.l1_size_gb:g} GB at {endpoint.url}", flush=True)
-            while not stop.wait(1.0) and server.is_alive:
-                pass
-        finally:
-            for number in _SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            server.close()
-    finally:
-        store.close(keep_arena=arguments.keep_arena)
+        at_end.callback(server.close)
+        for number in _SIGNALS:
+            at_end.callback(signal.signal, number, signal.SIG_DFL)
+        print(f"kvferry server: {options.l1_size_gb:g} GB at {endpoint.url}", flush=True)
+        while not stop.wait(1.0) and server.is_alive:
+            pass
     return 0 if stop.is_set() else 1
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 
-from kvferry.cli.columns import print_columns
 from kvferry.cli.connection import add_connection_arguments, connect
+from kvferry.observability.columns import aligned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,5 +28,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(values, sort_keys=True))
     else:
-        print_columns(("name", "value"), [(name, f"{value:g}") for name, value in sorted(values.items())])
+        print(aligned(("name", "value"), [(name, f"{value:g}") for name, value in sorted(values.items())]))
     return 0

@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from kvferry.cli.columns import megabytes
-from kvferry.cli.connection import add_connection_arguments, connect, duration
+from kvferry.cli.connection import add_connection_arguments, connect, duration, megabytes
 
 if TYPE_CHECKING:
     from kvferry.server.console import Console
@@ -88,28 +87,24 @@ def _lines(console: Console, values: Mapping[str, float], last: Mapping[str, flo
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
-    """A function that waits so long, or until q is typed, and says which."""
-    if not sys.stdin.isatty():
+    """A function that waits so long, or until q is typed in a terminal, and says which."""
+    typed = [sys.stdin] if sys.stdin.isatty() else []
 
-        def wait(seconds: float) -> bool:
-            time.sleep(seconds)
-            return False
+    def has_key(seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while select.select(typed, [], [], max(0.0, end - time.monotonic()))[0]:
+            if sys.stdin.read(1) in {"q", "Q", ""}:
+                return True
+        return False
 
-        yield wait
+    if not typed:
+        yield has_key
         return
     import termios
     import tty
 
     before = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
-
-    def has_key(seconds: float) -> bool:
-        end = time.monotonic() + seconds
-        while select.select([sys.stdin], [], [], max(0.0, end - time.monotonic()))[0]:
-            if sys.stdin.read(1) in {"q", "Q", ""}:
-                return True
-        return False
-
     try:
         yield has_key
     finally:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from kvferry.cli.columns import megabytes
-from kvferry.cli.connection import add_selection_arguments, connect, selection
+from kvferry.cli.connection import add_selection_arguments, connect, megabytes, selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

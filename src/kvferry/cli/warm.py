@@ -13,15 +13,10 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from kvferry.cli.connection import add_connection_arguments, connect, keys_of, need_models
 from kvferry.errors import ConfigError
-
-if TYPE_CHECKING:
-    from kvferry.server.console import Console
-    from kvferry.server.protocol import Model
-    from kvferry.store.base import Prefetch
 
 _LOOK_SECONDS: Final = 0.02
 
@@ -50,14 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
             except msgspec.MsgspecError as error:
                 raise ConfigError(f"{arguments.file}, line {number}: {error}") from error
             for model in need_models(console, wanted.model):
-                found = _bring(console, model, keys_of(model, wanted.tokens, wanted.salt), wanted.salt)
+                keys = keys_of(model, wanted.tokens, wanted.salt)
+                while (found := console.prefetch(model, keys, wanted.salt)).num_under_way:
+                    time.sleep(_LOOK_SECONDS)
                 num_entries += found.num_entries
                 num_in_memory += found.num_in_memory
     print(f"{len(lines):,} prompts: {num_in_memory:,} of the {num_entries:,} entries that the server has are in memory")
     return 0
-
-
-def _bring(console: Console, model: Model, keys: list[bytes], salt: str | None) -> Prefetch:
-    while (found := console.prefetch(model, keys, salt)).num_under_way:
-        time.sleep(_LOOK_SECONDS)
-    return found

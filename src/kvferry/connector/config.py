@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig
 
@@ -60,6 +61,9 @@ class LlmArgs:
     rank: int = 0
     runtime_dir: str | None = None
     sliding_windows: tuple[int | None, ...] = field(default=())
+    pipeline_parallel_size: ClassVar[int] = 1
+    enable_attention_dp: ClassVar[bool] = False
+    backend: ClassVar[str] = "pytorch"
 
     @property
     def tokens_per_block(self) -> int:
@@ -71,18 +75,4 @@ class LlmArgs:
         """This rank's place. `parallel_config.to_mapping()` is the same."""
         return RankMapping(self.rank, self.tensor_parallel_size)
 
-    @property
-    def parallel_config(self) -> RankMapping:
-        return self.mapping
-
-    @property
-    def pipeline_parallel_size(self) -> int:
-        return 1
-
-    @property
-    def enable_attention_dp(self) -> bool:
-        return False
-
-    @property
-    def backend(self) -> str:
-        return "pytorch"
+    parallel_config = mapping

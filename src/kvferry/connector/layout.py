@@ -168,13 +168,6 @@ def _host_pool_class() -> type[Any]:
     return HostPool
 
 
-def describe_pools(
-    tokens_per_block: int, pools: list[tuple[tuple[int, ...], int | None, torch.Tensor]]
-) -> KvCacheLayout:
-    """The layout of pools given as `describe_kv` takes them."""
-    return KvCacheLayout(tokens_per_block, tuple(describe_kv(index, *pool) for index, pool in enumerate(pools)))
-
-
 def describe_kv(
     layer_group_id: int, layers: tuple[int, ...], window: int | None, pool: torch.Tensor
 ) -> KvCacheLayerGroupLayout:

@@ -168,11 +168,6 @@ class KvCacheConnectorManager:
         self._after_forward = self._call("register_forward_pass_callable", worker.register_forward_pass_callable)
 
     @property
-    def name(self) -> str:
-        """The connector's name in logs: its worker class."""
-        return type(self.worker).__qualname__
-
-    @property
     def num_in_flight(self) -> int:
         """Leader: asynchronous loads and saves that not all ranks have reported."""
         return len(self._loading) + len(self._saving)
@@ -375,5 +370,6 @@ class KvCacheConnectorManager:
         self._said.add((hook, request_id))
         if len(self._said) > _MAX_REMEMBERED_COMPLAINTS:
             self._said.clear()
+        name = type(self.worker).__qualname__
         of_request = "" if request_id is None else f" for request {request_id}"
-        logger.warning("connector %s, hook %s%s: %s; the engine goes on without it", self.name, hook, of_request, what)
+        logger.warning("connector %s, hook %s%s: %s; the engine goes on without it", name, hook, of_request, what)

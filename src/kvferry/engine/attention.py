@@ -35,15 +35,13 @@ class LayerHooks(Protocol):
 
 @dataclass(slots=True)
 class _Prefill:
-    """A slice of a prompt: rows `first` to `last` of the packed row, positions `start` to `end` of its sequence.
+    """A slice of a prompt, and which rows of the packed row it is.
 
     tables[group]: ids of the blocks that the slice attends to; the first of them begins at position `offsets[group]`.
     """
 
-    first: int
-    last: int
-    start: int
-    end: int
+    piece: Slice
+    rows: slice
     tables: dict[int, torch.Tensor]
     offsets: dict[int, int]
 
@@ -122,7 +120,7 @@ class PagedBatch:
                 for group, first in firsts.items()
             }
             offsets = {group: first * size for group, first in firsts.items()}
-            prefills.append(_Prefill(row, row + len(piece.tokens), piece.start, piece.end, tables, offsets))
+            prefills.append(_Prefill(piece, slice(row, row + len(piece.tokens)), tables, offsets))
             row += len(piece.tokens)
         return prefills
 
@@ -154,10 +152,10 @@ class PagedBatch:
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         if self._num_steps:
             out[0, : self._num_steps] = self._attend_steps(layer, query[0, :, : self._num_steps], scaling)
-        for piece in self._prefills:
-            rows = slice(piece.first, piece.last)
+        for prefill in self._prefills:
+            rows = prefill.rows
             fresh = (key[:, :, rows], value[:, :, rows])
-            out[:, rows] = self._attend_prefill(layer, piece, query[:, :, rows], fresh, scaling).transpose(1, 2)
+            out[:, rows] = self._attend_prefill(layer, prefill, query[:, :, rows], fresh, scaling).transpose(1, 2)
         self._end(layer)
         return out
 
@@ -186,31 +184,32 @@ class PagedBatch:
     def _attend_prefill(
         self,
         layer: int,
-        piece: _Prefill,
+        prefill: _Prefill,
         query: torch.Tensor,
         fresh: tuple[torch.Tensor, torch.Tensor],
         scaling: float | None,
     ) -> torch.Tensor:
+        piece = prefill.piece
         window = self.window_of(layer)
         if piece.start == 0 and (window is None or piece.end <= window):
             return F.scaled_dot_product_attention(query, *fresh, is_causal=True, scale=scaling, enable_gqa=True)
         group = self._pool.group_of_layer[layer]
-        num_keys = piece.end - piece.offsets[group]
-        keys, values = (kv[:, :, :num_keys] for kv in self._gather(layer, piece.tables[group][None]))
+        num_keys = piece.end - prefill.offsets[group]
+        keys, values = (kv[:, :, :num_keys] for kv in self._gather(layer, prefill.tables[group][None]))
         # Query heads that share a KV head become more queries of that head, so no key is copied per query head.
         _, heads, rows, head_dim = query.shape
         packed = query.reshape(1, keys.shape[1], -1, head_dim)
-        mask = self._prefill_mask(piece, group, heads // keys.shape[1])
+        mask = self._prefill_mask(prefill, group, heads // keys.shape[1])
         out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
         return out.reshape(1, heads, rows, head_dim)
 
-    def _prefill_mask(self, piece: _Prefill, group: int, queries_per_head: int) -> torch.Tensor:
-        mask = self._masks.get((piece.first, group))
+    def _prefill_mask(self, prefill: _Prefill, group: int, queries_per_head: int) -> torch.Tensor:
+        mask = self._masks.get((prefill.rows.start, group))
         if mask is None:
-            at = torch.arange(piece.start, piece.end, device=self._device)[:, None]
-            seen = torch.arange(piece.offsets[group], piece.end, device=self._device)[None]
+            at = torch.arange(prefill.piece.start, prefill.piece.end, device=self._device)[:, None]
+            seen = torch.arange(prefill.offsets[group], prefill.piece.end, device=self._device)[None]
             mask = _visible(at, seen, self._pool.groups[group].window_tokens).repeat(queries_per_head, 1)
-            self._masks[piece.first, group] = mask
+            self._masks[prefill.rows.start, group] = mask
         return mask
 
     def _attend_steps(self, layer: int, query: torch.Tensor, scaling: float | None) -> torch.Tensor:

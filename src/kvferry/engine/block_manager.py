@@ -63,8 +63,8 @@ class BlockManager:
         """Hand out `count` blocks, least recently used first; what they held is forgotten."""
         assert count <= self.num_free, "admission keeps enough blocks free"
         block_ids = [self._free.popitem(last=False)[0] for _ in range(count)]
+        self.forget(block_ids)
         for block_id in block_ids:
-            self._forget(block_id)
             self._ref_counts[block_id] = 1
         return block_ids
 
@@ -88,12 +88,9 @@ class BlockManager:
     def forget(self, block_ids: Iterable[int]) -> None:
         """The content of these blocks may not be reused any more; blocks in use stay in use."""
         for block_id in block_ids:
-            self._forget(block_id)
-
-    def _forget(self, block_id: int) -> None:
-        content = self._contents.pop(block_id, None)
-        if content is not None:
-            del self._by_hash[content[0]]
+            content = self._contents.pop(block_id, None)
+            if content is not None:
+                del self._by_hash[content[0]]
 
     def check(self) -> None:
         """InvariantError unless free blocks, reference counts and the index agree."""

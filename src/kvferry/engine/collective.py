@@ -16,19 +16,11 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any
 
 from kvferry.connector import wire
 from kvferry.connector.manager import Collective, LocalCollective
 from kvferry.errors import ConnectorError
-
-
-class Channel(Protocol):
-    """A two-way stream of messages. OSError or EOFError: the other side is gone."""
-
-    def send_bytes(self, data: bytes) -> None: ...
-
-    def recv_bytes(self) -> bytes: ...
 
 
 def open_pair() -> tuple[Connection, socket.socket]:
@@ -44,11 +36,11 @@ def open_inherited(descriptor: int) -> Connection:
 
 
 class LeaderCollective:
-    """Rank 0 of 1 + len(channels) ranks; `channels[i]` leads to rank i + 1."""
+    """Rank 0 of 1 + len(channels) ranks; `channels[i]` leads to rank i + 1. OSError or EOFError: that rank is gone."""
 
     rank = 0
 
-    def __init__(self, channels: Sequence[Channel]) -> None:
+    def __init__(self, channels: Sequence[Connection]) -> None:
         self._channels = channels
         self.size = 1 + len(channels)
 
@@ -63,9 +55,9 @@ class LeaderCollective:
 
 
 class FollowerCollective:
-    """Any other rank; `channel` leads to rank 0."""
+    """Any other rank; `channel` leads to rank 0. OSError or EOFError: it is gone."""
 
-    def __init__(self, channel: Channel, rank: int, size: int) -> None:
+    def __init__(self, channel: Connection, rank: int, size: int) -> None:
         self._channel = channel
         self.rank = rank
         self.size = size

@@ -69,6 +69,7 @@ class EngineCore:
         self._listeners: dict[int, Listener] = {}
         self._sequences: dict[int, Sequence] = {}
         self._generators: dict[int, torch.Generator] = {}
+        self._pause_seconds = 0.0
         self._is_closed = False
         self._close_lock = threading.RLock()  # a collector's finalizer may shut down where the lock is held
         self._thread = threading.Thread(target=self._run, name="kvferry-engine", daemon=True)
@@ -82,8 +83,7 @@ class EngineCore:
     def submit(self, sequence: Sequence, listener: Listener) -> None:
         """Queue a sequence. EngineDeadError: the engine has ended."""
         with self._close_lock:
-            if self._is_closed or self.failure is not None:
-                raise self._death()
+            self._check_alive()
             self._sequences[sequence.request_id] = sequence
             self._listeners[sequence.request_id] = listener
             self._commands.put(lambda: self._scheduler.add(sequence))
@@ -106,21 +106,19 @@ class EngineCore:
             done.set()
 
         with self._close_lock:
-            if self._is_closed or self.failure is not None:
-                raise self._death()
+            self._check_alive()
             self._commands.put(run)
         while not done.wait(0.1):
             if not self._thread.is_alive():
-                raise self._death()
+                self._check_alive()
         if raised:
             raise raised[0]
 
-    def _death(self) -> EngineDeadError:
-        if isinstance(self.failure, EngineDeadError):
-            return EngineDeadError(str(self.failure))
-        error = EngineDeadError("the engine has ended")
-        error.__cause__ = self.failure
-        return error
+    def _check_alive(self) -> None:
+        """EngineDeadError: the engine has ended."""
+        if self._is_closed or self.failure is not None:
+            is_told = isinstance(self.failure, EngineDeadError)
+            raise EngineDeadError(str(self.failure) if is_told else "the engine has ended") from self.failure
 
     def shutdown(self) -> None:
         """Abort what runs, tell the connector, end the thread. Further calls do nothing."""
@@ -162,15 +160,15 @@ class EngineCore:
         raise self._ranks.failure
 
     def _take_commands(self) -> bool:
-        """Run what callers queued; waits while there is nothing to compute. False: shut down."""
+        """Run what callers queued; waits while there is nothing to do, and a little while only transfers run. False:
+        shut down."""
         while True:
+            is_busy = self._scheduler.has_requests or self._scheduler.has_transfers
             try:
-                if self._scheduler.has_requests or self._scheduler.has_transfers:
-                    command = self._commands.get_nowait()
-                else:
-                    command = self._commands.get()
+                command = self._commands.get(timeout=self._pause_seconds if is_busy else None)
             except queue.Empty:
                 return True
+            self._pause_seconds = 0.0
             if command is None:
                 for sequence in list(self._sequences.values()):
                     self._end(sequence, FinishReason.ABORT)
@@ -190,19 +188,8 @@ class EngineCore:
         for sequence in self._scheduler.update(plan.batch, drawn, finished):
             if self._notify(sequence):
                 self._end(sequence, FinishReason.STOP)
-        if not plan.batch.slices and self._scheduler.has_transfers:
-            self._wait_for_transfers()
-
-    def _wait_for_transfers(self) -> None:
-        """Nothing to compute, but transfers run: wait a little, or until a caller wants something."""
-        try:
-            command = self._commands.get(timeout=_TRANSFER_POLL_SECONDS)
-        except queue.Empty:
-            return
-        if command is None:
-            self._commands.put(None)
-        else:
-            command()
+        has_idled = not plan.batch.slices and self._scheduler.has_transfers
+        self._pause_seconds = _TRANSFER_POLL_SECONDS if has_idled else 0.0
 
     def _compute(self, plan: Plan) -> dict[int, int]:
         """Run the pass between the connector's hooks; returns each drawing sequence's next token."""

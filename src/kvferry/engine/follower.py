@@ -44,16 +44,8 @@ class Step(msgspec.Struct, frozen=True):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class FollowerPlan:
-    """The first message. max_threads: of torch on a CPU, 0 for torch's choice."""
-
-    rank: RankPlan
-    max_threads: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class PoolPlan:
-    """The second message, when all ranks have loaded. args: rank 0's, None without a connector."""
+    """The message after the `RankPlan`, when all ranks have loaded. args: rank 0's, None without a connector."""
 
     num_blocks: int
     tokens_per_block: int
@@ -89,7 +81,6 @@ class Follower:
             plan: PoolPlan = wire.decode(self._channel.recv_bytes())
             pool = KvPool(shape, group_layers(loaded.windows), plan.num_blocks, plan.tokens_per_block, self._device)
             self._answer(Started())
-            assert self._group is not None
             self._group.join()
             self._executor = Executor(loaded.model, pool)
             self._executor.warm_up()
@@ -137,20 +128,19 @@ class Follower:
 def main(control: int, pulse: int, leader_pid: int) -> None:
     """Entry point of the process: the descriptors that it inherited, and who started it."""
     channel = open_inherited(control)
-    plan: FollowerPlan = wire.decode(channel.recv_bytes())
-    name = f"rank {plan.rank.rank}"
-    logging.basicConfig(format=f"%(levelname)s %(name)s, {name}: %(message)s")
-    watch = threading.Thread(target=_show_life, args=(pulse, leader_pid, plan.rank.runtime_dir), daemon=True)
+    plan: RankPlan = wire.decode(channel.recv_bytes())
+    logging.basicConfig(format=f"%(levelname)s %(name)s, rank {plan.rank}: %(message)s")
+    watch = threading.Thread(target=_show_life, args=(pulse, leader_pid, plan.runtime_dir), daemon=True)
     watch.start()
     if plan.max_threads:
         torch.set_num_threads(plan.max_threads)
-    follower = Follower(channel, plan.rank)
+    follower = Follower(channel, plan)
     try:
         follower.start()
         follower.run()
     except BaseException as error:
         # Without the leader, or without this rank, the engine is over; the leader may be past removing anything.
-        _remove(plan.rank.runtime_dir)
+        _remove(plan.runtime_dir)
         if not isinstance(error, EOFError | ConnectionError):
             raise
         logger.info("another rank is gone: %s", error)

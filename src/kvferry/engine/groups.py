@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kvferry.blocks import GroupKind
@@ -261,20 +261,12 @@ class GroupedBlocks:
         for pool, held in zip(self.pools, block_ids, strict=True):
             pool.release([block_id for block_id in held if block_id != NO_BLOCK])
 
-    @property
-    def num_free(self) -> int:
-        """Free blocks of the group that has fewest."""
-        return min(pool.num_free for pool in self.pools)
-
-    def check(self, held: Iterable[Sequence[Sequence[int]]]) -> None:
+    def check(self, held: Sequence[Sequence[Sequence[int]]]) -> None:
         """InvariantError unless every pool's books are right and its references are those of the `held` block ids."""
-        in_use = [0] * len(self.pools)
-        for block_ids in held:
-            for group, of_group in enumerate(block_ids):
-                in_use[group] += sum(block_id != NO_BLOCK for block_id in of_group)
         for group, pool in enumerate(self.pools):
             pool.check()
-            if pool.num_references != in_use[group]:
+            in_use = sum(block_id != NO_BLOCK for block_ids in held for block_id in block_ids[group])
+            if pool.num_references != in_use:
                 raise InvariantError(
-                    f"group {group}: {pool.num_references} references on blocks, {in_use[group]} held by requests"
+                    f"group {group}: {pool.num_references} references on blocks, {in_use} held by requests"
                 )

@@ -8,7 +8,6 @@ import os
 import uuid
 import weakref
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self, overload
 
 import torch
@@ -307,9 +306,7 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.shutdown()
 
 

@@ -18,9 +18,9 @@ from kvferry.errors import RequestError
 
 distributed: Any = torch.distributed  # its type stubs lack what is used here
 
-_JOIN_SECONDS = 10.0
+_JOIN_TIMEOUT = timedelta(seconds=10)
 """Longest that a rank waits for the others to come, once all of them have loaded the model."""
-_SUM_SECONDS = 3600.0
+_SUM_TIMEOUT = timedelta(hours=1)
 """Backstop: a rank that died or stopped is noticed long before, by those who watch the processes."""
 _COLUMNS, _ROWS = "colwise", "rowwise"
 _WHOLE = {"replicated_with_grad_allreduce"}
@@ -43,21 +43,16 @@ class RankGroup:
     def join(self) -> None:
         """Wait for the other ranks. ConnectionError: they did not come."""
         try:
-            self._connect()
+            store = distributed.FileStore(str(self._store_path), self.size)
+            store.set_timeout(_JOIN_TIMEOUT)
+            if self._device.type == "cuda":
+                self._group = distributed.ProcessGroupNCCL(store, self.rank, self.size, timeout=_SUM_TIMEOUT)
+            else:
+                # gloo connects all ranks while it is made, under this deadline.
+                self._group = distributed.ProcessGroupGloo(store, self.rank, self.size, timeout=_JOIN_TIMEOUT)
+                self._group.set_timeout(_SUM_TIMEOUT)
         except RuntimeError as error:
             raise ConnectionError(f"the ranks did not find each other: {error}") from error
-
-    def _connect(self) -> None:
-        store = distributed.FileStore(str(self._store_path), self.size)
-        store.set_timeout(timedelta(seconds=_JOIN_SECONDS))
-        if self._device.type == "cuda":
-            make = distributed.ProcessGroupNCCL
-            self._group = make(store, self.rank, self.size, timeout=timedelta(seconds=_SUM_SECONDS))
-        else:
-            # gloo connects all ranks while it is made, under this deadline.
-            make = distributed.ProcessGroupGloo
-            self._group = make(store, self.rank, self.size, timeout=timedelta(seconds=_JOIN_SECONDS))
-            self._group.set_timeout(timedelta(seconds=_SUM_SECONDS))
 
     def sum_(self, tensor: torch.Tensor) -> None:
         """Replace a contiguous tensor by the sum of all ranks'. ConnectionError: a rank has ended; on a GPU that may

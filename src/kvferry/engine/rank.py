@@ -21,7 +21,8 @@ from kvferry.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """What a rank loads and where. runtime_dir: private folder of this engine's processes; None where there is one."""
+    """What a rank loads and where. runtime_dir: private folder of this engine's processes; None where there is one.
+    max_threads: of torch on a CPU, 0 for torch's choice."""
 
     model: str
     dtype: str
@@ -29,11 +30,11 @@ class RankPlan:
     rank: int = 0
     num_ranks: int = 1
     runtime_dir: str | None = None
+    max_threads: int = 0
 
-    def make_group(self) -> RankGroup | None:
-        """This rank among the others; None if it is alone."""
-        if self.runtime_dir is None:
-            return None
+    def make_group(self) -> RankGroup:
+        """This rank among the others, which it must have."""
+        assert self.runtime_dir is not None, "ranks in processes of their own have a folder"
         return RankGroup(self.rank, self.num_ranks, Path(self.runtime_dir), torch.device(self.device))
 
 

@@ -25,8 +25,7 @@ import torch
 
 from kvferry.connector import wire
 from kvferry.engine.collective import LeaderCollective, leave_world, open_pair
-from kvferry.engine.follower import PULSE_SECONDS, FollowerPlan, PoolPlan, Started, Step
-from kvferry.engine.partition import RankGroup
+from kvferry.engine.follower import PULSE_SECONDS, PoolPlan, Started, Step
 from kvferry.engine.rank import RankPlan, device_of_rank
 from kvferry.engine.sequence import Batch
 from kvferry.errors import EngineDeadError
@@ -70,11 +69,8 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory(prefix="kvferry-ranks-")
         self.runtime_dir = self._folder.name
         self.plan = dataclasses.replace(plan, runtime_dir=self.runtime_dir)
-        group = self.plan.make_group()
-        assert group is not None
-        self.group: RankGroup = group
+        self.group = self.plan.make_group()
         self._processes: list[_Process] = []
-        self._encoder = msgspec.msgpack.Encoder()
         try:
             for rank in range(1, plan.num_ranks):
                 self._processes.append(self._spawn(rank))
@@ -107,7 +103,7 @@ class Ranks:
         first = torch.device(self.plan.device)
         device = device_of_rank(first, rank, self.plan.num_ranks)
         threads = max(1, torch.get_num_threads() // self.plan.num_ranks) if first.type == "cpu" else 0
-        plan = FollowerPlan(dataclasses.replace(self.plan, rank=rank, device=device), threads)
+        plan = dataclasses.replace(self.plan, rank=rank, device=device, max_threads=threads)
         channel.send_bytes(wire.encode(plan))
         return process
 
@@ -132,7 +128,7 @@ class Ranks:
 
     def announce(self, batch: Batch, tells_connector: bool) -> None:
         """Begin an iteration on every rank. OSError: one has ended."""
-        self._send(self._encoder.encode(Step(batch, tells_connector)))
+        self._send(msgspec.msgpack.encode(Step(batch, tells_connector)))
 
     def _send(self, message: bytes) -> None:
         for process in self._processes:

@@ -173,13 +173,15 @@ class Scheduler:
         is_new = sequence.num_told_tokens == 0
         new_block_ids = [of_group[sequence.num_told_blocks :] for of_group in sequence.block_ids]
         priority = sequence.params.retention_priority
+        told = sequence.told_hashes  # integers of 64 bits, as the API has them
+        told += [int.from_bytes(block_hash[:8]) for block_hash in sequence.block_hashes[len(told) :]]
         data = RequestData(
             request_id=sequence.request_id,
             new_tokens=sequence.tokens[sequence.num_told_tokens :],
             new_block_ids=list(new_block_ids[0]) if len(new_block_ids) == 1 else [],
             computed_position=sequence.num_computed - (sequence.num_connector_matched_tokens if is_new else 0),
             num_scheduled_tokens=num_tokens,
-            block_hashes=self._told_hashes(sequence),
+            block_hashes=list(told),
             priorities=None if priority is None else [priority] * len(new_block_ids[0]),
             cache_salt=sequence.cache_salt,
             new_block_ids_by_layer_group=new_block_ids,
@@ -188,20 +190,15 @@ class Scheduler:
         sequence.num_told_tokens = len(sequence.tokens)
         sequence.num_told_blocks = len(sequence.block_ids[0])
 
-    @staticmethod
-    def _told_hashes(sequence: Sequence) -> list[int]:
-        """Block hashes as the API has them, integers of 64 bits."""
-        told = sequence.told_hashes
-        told += [int.from_bytes(block_hash[:8]) for block_hash in sequence.block_hashes[len(told) :]]
-        return list(told)
-
     # -- admission ---------------------------------------------------------------------------------------------------
 
     def _admit(self, plan: Plan, budget: int, lora_id: str | None) -> Sequence | None:
         """The next request that can run now, with its blocks; those that must load first are set aside."""
         while self._waiting and self._waiting[0].lora_id == lora_id:
             sequence = self._waiting[0]
-            matched = self._match_pool(sequence)
+            self._extend_hashes(sequence)
+            most = sequence.num_prompt_tokens - 1
+            matched = self._blocks.match_prefix(sequence.block_hashes, sequence.tokens, most)
             if self._loads_fill_share(sequence) or not self._fits(sequence, matched, budget):
                 if self._is_starved():
                     plan.starved = sequence
@@ -224,10 +221,6 @@ class Scheduler:
         held = sum(len(other.block_ids[0]) for other in self._loading.values())
         wanted = self._blocks.num_blocks_for(sequence.num_prompt_tokens)
         return held + wanted > self._limits.max_loading_share * self._blocks.num_blocks
-
-    def _match_pool(self, sequence: Sequence) -> PrefixMatch:
-        self._extend_hashes(sequence)
-        return self._blocks.match_prefix(sequence.block_hashes, sequence.tokens, sequence.num_prompt_tokens - 1)
 
     def _extend_hashes(self, sequence: Sequence) -> None:
         extend_hashes(sequence.block_hashes, sequence.tokens, sequence.hash_root, self._blocks.tokens_per_block)

@@ -33,6 +33,8 @@ class Sequence:
     connector has failed to end its load.
     """
 
+    multimodal_positions: tuple[int, ...] = ()
+
     def __init__(
         self, request_id: int, prompt: AbstractSequence[int], params: SamplingParams, lora_id: str | None = None
     ) -> None:
@@ -95,10 +97,6 @@ class Sequence:
             case _ if self.num_output_tokens:
                 return RequestState.GENERATION_IN_PROGRESS
         return RequestState.CONTEXT_INIT
-
-    @property
-    def multimodal_positions(self) -> tuple[int, ...]:
-        return ()
 
     @property
     def hash_root(self) -> bytes:

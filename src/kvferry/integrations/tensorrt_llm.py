@@ -18,12 +18,12 @@ import logging
 import tempfile
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvferry.config import KvCacheConfig, KvCacheConnectorConfig, load_options
 from kvferry.connector.config import LlmArgs
-from kvferry.connector.layout import KvCacheLayerGroupLayout, KvCacheLayout, KvCacheRegion, describe_pools
+from kvferry.connector.layout import KvCacheLayerGroupLayout, KvCacheLayout, KvCacheRegion, describe_kv
 from kvferry.errors import ConfigError, ConnectorError, KVFerryError
 from kvferry.integrations.trtllm_namespace import install
 from kvferry.integrations.weights import name_weights
@@ -56,17 +56,6 @@ class _Begun:
 
 _begun: list[_Begun] = []
 """Those whose scheduler half, which lives in the same process, has not."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """What rank 0 tells the others. server_url: the cache server's, if the store is one's. runtime_dir: where rank 0's
-    own store serves them; None where it is alone."""
-
-    engine_id: str
-    model_identity: str
-    server_url: str | None
-    runtime_dir: str | None
 
 
 @dataclass(slots=True)
@@ -197,8 +186,8 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
 
     def register_kv_caches(self, kv_cache_tensor: Any) -> None:
         """On all ranks at the same time. ConfigError: an option is wrong, on any of them."""
-        layers = tuple(range(kv_cache_tensor.shape[1]))
-        self._register(describe_pools(self._tokens_per_block, [(layers, None, kv_cache_tensor)]))
+        group = describe_kv(0, tuple(range(kv_cache_tensor.shape[1])), None, kv_cache_tensor)
+        self._register(KvCacheLayout(self._tokens_per_block, (group,)))
 
     def register_kv_cache_layout(self, layout: Any) -> None:
         """As `register_kv_caches`."""
@@ -210,25 +199,27 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
 
     def _register(self, layout: KvCacheLayout | str) -> None:
         """Begin, rank 0 first, since the others ask its store. `layout`: if it is not known, why."""
-        origin, failure = None, None
+        args, failure = None, None
         try:
             if mpi_rank() == 0:
-                origin = self._make_origin()
-                self._begin(origin, layout)
+                args = self._make_args(layout)
+                self._begin(args, layout)
         except KVFerryError as error:
             failure = str(error)
-        told = mpi_broadcast(origin, root=0)
+        told = mpi_broadcast(args, root=0)
         try:
             if mpi_rank() != 0 and told is not None:
-                self._begin(told, layout)
+                self._begin(replace(told, rank=mpi_rank()), layout)
         except KVFerryError as error:
             failure = str(error)
         failures = [said for said in mpi_allgather(failure) if said is not None]
         if failures:
             raise ConfigError(failures[0])
 
-    def _make_origin(self) -> _Origin | None:
-        """None, after a warning: nothing is kept."""
+    def _make_args(self, layout: KvCacheLayout | str) -> LlmArgs | None:
+        """What the pools and TensorRT-LLM's arguments say, in kvferry's terms, for rank 0. How a page's elements are
+        divided into heads does not matter to whoever copies whole pages, so it is left out. None, after a warning:
+        nothing is kept, for pages that are no whole number of tokens among other reasons."""
         host = self._llm_args
         reason = _unnameable(host)
         weights = name_weights(str(host.model), getattr(host, "revision", None)) if reason is None else None
@@ -238,44 +229,21 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
                 reason or f"the files of {host.model} are not to be found",
             )
             return None
+        groups = () if isinstance(layout, str) else layout.groups
+        pages = {region.memory.shape[-1] for group in groups for region in group.regions}
+        (page,) = pages if len(pages) == 1 else (1,)
+        if isinstance(layout, str) or page % self._tokens_per_block:
+            logger.warning("KV is not kept beyond the engine's pool: its layout is unknown: %s", layout)
+            return None
         if host.tensor_parallel_size > 1:
             self._folder = tempfile.TemporaryDirectory(prefix="kvferry-ranks-")
         url = getattr(getattr(host, "kv_connector_config", None), "server_url", None)
         kv_dtype = getattr(host.kv_cache_config, "dtype", "auto")
-        return _Origin(
-            engine_id=uuid.uuid4().hex,
-            model_identity=f"tensorrt_llm {tensorrt_llm.__version__}, {kv_dtype}: {weights}",
-            server_url=url or load_options({}).server_url,
-            runtime_dir=self._folder.name if self._folder is not None else None,
-        )
-
-    def _begin(self, origin: _Origin | None, layout: KvCacheLayout | str) -> None:
-        if origin is None:
-            return
-        args = self._own_args(origin, layout) if not isinstance(layout, str) else None
-        if args is None:
-            logger.warning("KV is not kept beyond the engine's pool: its layout is unknown: %s", layout)
-            return
-        assert isinstance(layout, KvCacheLayout)
-        self._half = offload.KVFerryConnectorWorker(args)
-        self._half.register_kv_cache_layout(layout)
-        if args.rank == 0:
-            _begun.append(_Begun(self._llm_args, args))
-
-    def _own_args(self, origin: _Origin, layout: KvCacheLayout) -> LlmArgs | None:
-        """What the pools and TensorRT-LLM's arguments say, in kvferry's terms. How a page's elements are divided into
-        heads does not matter to whoever copies whole pages, so it is left out. None: pages are no whole number of
-        tokens."""
-        host = self._llm_args
-        pages = {region.memory.shape[-1] for group in layout.groups for region in group.regions}
-        (page,) = pages if len(pages) == 1 else (1,)
-        if page % self._tokens_per_block:
-            return None
-        windows = {layer: group.window_size for group in layout.groups for layer in group.layer_ids}
+        windows = {layer: group.window_size for group in groups for layer in group.layer_ids}
         return LlmArgs(
-            engine_id=origin.engine_id,
+            engine_id=uuid.uuid4().hex,
             model=str(host.model),
-            model_identity=origin.model_identity,
+            model_identity=f"tensorrt_llm {tensorrt_llm.__version__}, {kv_dtype}: {weights}",
             kv_dtype=str(layout.dtype).removeprefix("torch."),
             num_layers=len(windows),
             num_kv_heads=page // self._tokens_per_block * host.tensor_parallel_size,
@@ -283,12 +251,19 @@ class KVFerryConnectorWorker(KvCacheConnectorWorker):  # type: ignore[misc, unus
             max_batch_size=getattr(host, "max_batch_size", None) or 1,
             max_num_tokens=getattr(host, "max_num_tokens", None) or 1,
             kv_cache_config=KvCacheConfig(tokens_per_block=self._tokens_per_block),
-            kv_connector_config=_own_connector(origin.server_url),
+            kv_connector_config=_own_connector(url or load_options({}).server_url),
             tensor_parallel_size=host.tensor_parallel_size,
-            rank=mpi_rank(),
-            runtime_dir=origin.runtime_dir,
+            runtime_dir=self._folder.name if self._folder is not None else None,
             sliding_windows=tuple(windows[layer] for layer in sorted(windows)),
         )
+
+    def _begin(self, args: LlmArgs | None, layout: KvCacheLayout | str) -> None:
+        if args is None or isinstance(layout, str):
+            return
+        self._half = offload.KVFerryConnectorWorker(args)
+        self._half.register_kv_cache_layout(layout)
+        if args.rank == 0:
+            _begun.append(_Begun(self._llm_args, args))
 
     def bind_connector_meta(self, metadata: object) -> None:
         super().bind_connector_meta(metadata)

@@ -35,7 +35,6 @@ _ARGUMENTS = {
 }
 _SAMPLING = _own("engine.sampling", "SamplingParams")
 _ENGINE = {**_own("integrations.trtllm_llm", "LLM"), **_SAMPLING}
-_OUTPUTS = _own("engine.outputs", "CompletionOutput", "RequestOutput")
 _LOGGER = _own("integrations.trtllm_shapes", "logger")
 _REQUEST = {"LlmRequest": "kvferry.engine.sequence:Sequence"}
 _STATE = {"LlmRequestState": "kvferry.connector.api:RequestState"}
@@ -47,7 +46,7 @@ _LAYOUT = ("KvCacheBufferRef", "KvCacheLayerGroupLayout", "KvCacheLayout", "KvCa
 
 NAMES: dict[str, dict[str, str]] = {
     "tensorrt_llm": {**_ENGINE, **_LOGGER, **_RANKS, "__version__": "kvferry.integrations.trtllm_shapes:VERSION"},
-    "tensorrt_llm.llmapi": {**_ENGINE, **_OUTPUTS, **_ARGUMENTS},
+    "tensorrt_llm.llmapi": {**_ENGINE, **_own("engine.outputs", "CompletionOutput", "RequestOutput"), **_ARGUMENTS},
     "tensorrt_llm.llmapi.llm_args": _ARGUMENTS,
     "tensorrt_llm.sampling_params": _SAMPLING,
     "tensorrt_llm.logger": _LOGGER,

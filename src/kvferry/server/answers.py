@@ -138,9 +138,9 @@ class Answerer:
         store, owner = self._store, session.owner
         match question:
             case protocol.AskMatch(root, keys):
-                return protocol.Found.of(store.match(self._geometry(root), protocol.split_keys(keys)))
+                return protocol.Found(store.match(self._geometry(root), protocol.split_keys(keys)))
             case protocol.AskPlaces(root, keys):
-                return protocol.Places.of(store.locate(self._geometry(root), protocol.split_keys(keys)))
+                return protocol.Places(store.locate(self._geometry(root), protocol.split_keys(keys)))
             case protocol.JobDone(job_id, rank, ok):
                 store.done(job_id, rank, ok)
             case protocol.BeginLoad(root, keys, first_chunk, salt):

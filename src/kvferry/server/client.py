@@ -100,13 +100,13 @@ class StoreClient:
         """See `BlockStore.match`."""
         question = protocol.AskMatch(self._root_of(geometry), protocol.join_keys(keys))
         answer = self._ask(question, self._options.match_deadline_seconds)
-        return answer.match() if isinstance(answer, protocol.Found) else Match(0)
+        return answer.match if isinstance(answer, protocol.Found) else Match(0)
 
     def locate(self, geometry: Geometry, keys: Sequence[bytes]) -> Sequence[Tier | None]:
         """See `BlockStore.locate`."""
         question = protocol.AskPlaces(self._root_of(geometry), protocol.join_keys(keys))
         answer = self._ask(question, self._options.match_deadline_seconds)
-        return answer.locate() if isinstance(answer, protocol.Places) else []
+        return answer.tiers if isinstance(answer, protocol.Places) else []
 
     def begin_load(
         self, geometry: Geometry, keys: Sequence[bytes], first_chunk: int, *, salt: str | None = None

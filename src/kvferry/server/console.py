@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Final, Self, TypeVar
 
 import zmq
@@ -46,7 +45,7 @@ class Console:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._link.tell(protocol.Bye())
         self._link.close(_LINGER_SECONDS)
         self._context.term()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -59,7 +60,8 @@ def protect_server(socket: zmq.Socket[Any], keys: ServerKeys) -> ThreadAuthentic
 
     guard = ThreadAuthenticator(socket.context)
     guard.start()
-    guard.configure_curve_callback(credentials_provider=_Listed(keys.clients))
+    listed = keys.clients
+    guard.configure_curve_callback(credentials_provider=SimpleNamespace(callback=lambda domain, key: key in listed))
     return guard
 
 
@@ -73,16 +75,6 @@ def protect_client(socket: zmq.Socket[Any], server_key: str, secret_file: str | 
         secret = _read_secret(secret_file)
         public = zmq.curve_public(secret)
     socket.curve_publickey, socket.curve_secretkey = public, secret
-
-
-class _Listed:
-    """What ZeroMQ's authenticator asks of each client's key."""
-
-    def __init__(self, keys: frozenset[bytes]) -> None:
-        self._keys = keys
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key in self._keys
 
 
 def _read_secret(path: str) -> bytes:

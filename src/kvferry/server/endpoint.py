@@ -84,9 +84,7 @@ class Listener:
         """Remove the socket's file and its lock."""
         if self._lock is not None:
             assert self._path is not None
-            self._path.unlink(missing_ok=True)
-            _lock_path(self._path).unlink(missing_ok=True)
-            os.close(self._lock)
+            _remove(self._path, self._lock)
             self._lock = None
 
     def _bind_path(self, socket: zmq.Socket[Any], path: Path) -> None:
@@ -106,10 +104,13 @@ def remove_stale(endpoint: Endpoint, prefix: str) -> None:
     assert endpoint.path is not None
     for path in endpoint.path.parent.glob(f"{prefix}*.sock"):
         with contextlib.suppress(OSError, StoreError):  # It lives, or another removes it.
-            lock = _take_lock(path)
-            path.unlink(missing_ok=True)
-            _lock_path(path).unlink(missing_ok=True)
-            os.close(lock)
+            _remove(path, _take_lock(path))
+
+
+def _remove(path: Path, lock: int) -> None:
+    path.unlink(missing_ok=True)
+    _lock_path(path).unlink(missing_ok=True)
+    os.close(lock)
 
 
 def _lock_path(path: Path) -> Path:

@@ -23,7 +23,7 @@ from kvferry.blocks import Geometry, Job, Tier
 from kvferry.store.base import ArenaInfo, Match, Prefetch, Selection, Tally, Usage
 from kvferry.store.keys import KEY_BYTES
 
-VERSION: Final = 3
+VERSION: Final = 4
 """To be raised with every change of a struct below or of what they hold from `blocks`."""
 
 UNNUMBERED: Final = 0
@@ -216,30 +216,15 @@ class Agreed(Answer, frozen=True):
 
 
 class Found(Answer, frozen=True):
-    """`Match`, with a byte a tier."""
+    """What a prompt can go on from."""
 
-    num_chunks: int
-    tiers: bytes
-
-    @classmethod
-    def of(cls, match: Match) -> Found:
-        return cls(match.num_chunks, bytes(match.tiers))
-
-    def match(self) -> Match:
-        return Match(self.num_chunks, tuple(map(_TIERS.__getitem__, self.tiers)))
+    match: Match
 
 
 class Places(Answer, frozen=True):
-    """Of each chunk a byte: its tier, or 255."""
+    """Of each chunk its tier, or None."""
 
-    tiers: bytes
-
-    @classmethod
-    def of(cls, tiers: Sequence[Tier | None]) -> Places:
-        return cls(bytes(_NOWHERE if tier is None else tier for tier in tiers))
-
-    def locate(self) -> list[Tier | None]:
-        return [_TIERS.get(tier) for tier in self.tiers]
+    tiers: Sequence[Tier | None]
 
 
 class Begun(Answer, frozen=True):
@@ -320,9 +305,6 @@ decode_question = _decoder(int, float, reduce(or_, Question.__subclasses__()))
 decode_answer: Callable[[bytes], tuple[int, Answer]]
 decode_answer = _decoder(int, reduce(or_, Answer.__subclasses__()))
 """Number, deadline and question, or number and answer. MsgspecError: the bytes are none."""
-
-_NOWHERE: Final = 255
-_TIERS = {tier.value: tier for tier in Tier}
 
 
 def join_keys(keys: Sequence[bytes]) -> bytes:

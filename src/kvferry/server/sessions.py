@@ -64,12 +64,10 @@ class Sessions:
             session.silent_seconds = 0.0
         return session
 
-    def begin(self, client_id: bytes, hello: Hello) -> Session:
+    def begin(self, client_id: bytes, hello: Hello) -> None:
         """A new session, in place of the client's last one, which the caller has ended."""
         assert client_id not in self._by_client
-        session = Session(client_id, hello.name, hello.pid, _open_process(hello))
-        self._by_client[client_id] = session
-        return session
+        self._by_client[client_id] = Session(client_id, hello.name, hello.pid, _open_process(hello))
 
     def end(self, session: Session) -> None:
         """Forget a session."""

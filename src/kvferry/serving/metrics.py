@@ -41,7 +41,10 @@ class ServingMetrics:
             self._requests.labels(outcome)
         for source in ("pool", "connector"):
             self._cached_tokens.labels(source)
-        registry.register(_Readings(states, manager))
+        self._states = states
+        self._manager = manager
+        self._log = OnceLog(logging.getLogger("kvferry.serving"))
+        registry.register(self)
 
     def count(self, output: RequestOutput) -> None:
         """A request ended, or whoever wanted it has gone."""
@@ -64,19 +67,12 @@ class ServingMetrics:
         """All of it as text."""
         return generate_latest(self._registry)
 
-
-class _Readings:
-    """Numbers that others keep, read at the moment of asking. Thread-safe."""
-
-    def __init__(self, states: Callable[[], dict[str, int]], manager: KvCacheConnectorManager | None) -> None:
-        self._states = states
-        self._manager = manager
-        self._log = OnceLog(logging.getLogger("kvferry.serving"))
-
     def describe(self) -> Iterator[Metric]:
+        """For the registry: nothing is known of `collect` before it is asked."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
+        """For the registry: numbers that others keep, read at the moment of asking. Thread-safe."""
         now = GaugeMetricFamily("kvferry_requests_now", "Requests that run and that wait", labels=["state"])
         for state, number in self._states().items():
             now.add_metric([state], number)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +102,6 @@ def _run_without_reuse(setting: Setting, console: Console) -> tuple[Prompts, lis
     """The prompts, and what an engine answers that computes each of them from its first token."""
     from kvferry.cli.demo.document import make_prompts
     from kvferry.cli.demo.steps import ask, open_engine
-    from kvferry.errors import RequestError
 
     with _working(console, f"Loading {setting.model}"):
         engine = open_engine(setting, with_kvferry=False, enable_block_reuse=False)
@@ -141,7 +140,5 @@ def _working(console: Console, what: str) -> Iterator[None]:
     """Say what is being done: as a spinner in a terminal, as a line elsewhere."""
     if not console.is_terminal:
         console.print(f"{what} ...", highlight=False)
-        yield
-        return
     with console.status(f"{what} ..."):
         yield

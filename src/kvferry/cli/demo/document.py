@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
+
+from kvferry.engine.text import chat_tokens
 
 TOPICS = ("execmodel", "import", "exceptions", "naming", "strings", "calls")
 """Topics of the standard library's `pydoc_data`, which the document is cut from, in this order."""
@@ -39,16 +42,10 @@ def make_prompts(tokenizer: Any, min_shared_tokens: int) -> Prompts:
     """
     text = document()
     ends = [match.end() for match in re.finditer(r"[.:](?=\s*\n|\s+[A-Z*\"])", text)]
-    low, high = 0, len(ends)
-    while low < high:
-        middle = (low + high) // 2
-        if _ask(tokenizer, text[: ends[middle]]).num_shared_tokens >= min_shared_tokens:
-            high = middle
-        else:
-            low = middle + 1
-    if low == len(ends):
+    first = bisect.bisect_left(ends, min_shared_tokens, key=lambda end: _ask(tokenizer, text[:end]).num_shared_tokens)
+    if first == len(ends):
         raise ValueError(f"the document is too short for {min_shared_tokens} shared tokens")
-    return _ask(tokenizer, text[: ends[low]])
+    return _ask(tokenizer, text[: ends[first]])
 
 
 def document() -> str:
@@ -67,11 +64,8 @@ def make_other_prompts(tokenizer: Any, num_prompts: int, num_tokens: int) -> lis
 
 
 def _ask(tokenizer: Any, text: str) -> Prompts:
-    prompts = []
-    for question in QUESTIONS:
-        messages = [{"role": "system", "content": _INSTRUCTION + text}, {"role": "user", "content": question}]
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        prompts.append(list(encoded["input_ids"]))
+    system = {"role": "system", "content": _INSTRUCTION + text}
+    prompts = [chat_tokens(tokenizer, [system, {"role": "user", "content": question}]) for question in QUESTIONS]
     return Prompts(QUESTIONS, tuple(prompts), _count_shared(prompts))
 
 

@@ -172,7 +172,7 @@ def test_a_chunked_prefill_saves_each_chunk_in_the_pass_that_completes_it(hand: 
 
 
 def test_saves_can_be_planned_with_the_next_pass(hand: Hand) -> None:
-    hand.planner = Planner(hand.store, GEOMETRY, BLOCK, OPTIONS, saves_late=True)
+    hand.planner.saves_late = True
     request = FakeRequest(1, prompt(32))
     hand.admit(request)
     assert not hand.first_pass(request, 20).stores
@@ -187,7 +187,7 @@ def test_saves_can_be_planned_with_the_next_pass(hand: Hand) -> None:
 
 
 def test_late_saves_of_blocks_that_are_gone_are_given_up(hand: Hand) -> None:
-    hand.planner = Planner(hand.store, GEOMETRY, BLOCK, OPTIONS, saves_late=True)
+    hand.planner.saves_late = True
     request = FakeRequest(1, prompt(32))
     for how in ("preempted", "begun anew", "disowned"):
         hand.admit(request)

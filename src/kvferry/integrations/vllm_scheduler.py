@@ -267,13 +267,9 @@ class SchedulerHalf:
                 self._chunk_tokens = geometry.chunk_tokens
                 self._has_states = any(group.kind is GroupKind.STATE for group in geometry.groups)
                 self._planner = Planner(
-                    self._store,
-                    geometry,
-                    self._tokens_per_block,
-                    self._options,
-                    extras_of=_extras_of,
-                    saves_late=self._saves_late,
+                    self._store, geometry, self._tokens_per_block, self._options, extras_of=_extras_of
                 )
+                self._planner.saves_late = self._saves_late
                 if self._tells_events:
                     self._events = BlockEvents(self._store, geometry, self._tokens_per_block)
         return self._planner is not None

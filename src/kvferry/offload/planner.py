@@ -24,12 +24,13 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from kvferry.blocks import Geometry, GroupKind, Job, Part, Tier
+from kvferry.blocks import Geometry, Job, Tier
 from kvferry.config import StoreOptions
 from kvferry.connector.api import NO_BLOCK, Request, RequestData, SchedulerOutput
 from kvferry.observability.metrics import Meter
+from kvferry.offload.chunks import BlockIds, ChunkBlocks
 from kvferry.offload.cost import CostModel, Hit, hits_within, num_within
-from kvferry.offload.metadata import CopyJob, LoadEnd, PartCopy, PassMetadata, RequestJob
+from kvferry.offload.metadata import CopyJob, LoadEnd, PassMetadata, RequestJob
 from kvferry.store.base import BlockStore
 from kvferry.store.keys import KEY_BYTES, Extras, KeyChain, root_key
 
@@ -43,9 +44,6 @@ _MOST_UNALLOCATED = 1024
 
 _OFFER_SECONDS = 5.0
 """How long a request that is asked about in each step, as there is no room for it, keeps its offer, or goes without."""
-
-BlockIds = Sequence[Sequence[int]]
-"""A request's blocks in the order of its tokens, one list a layer group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +112,7 @@ class _Save:
 
 
 class Planner:
-    """Plans for one engine. From `options` it takes what they say of loads.
-
-    saves_late: plan a pass's saves with the next, as room for many chunks takes a millisecond or two that the pass
-    would wait for. For engines that always have a next one, and keep blocks until then.
-    """
+    """Plans for one engine. From `options` it takes what they say of loads."""
 
     def __init__(
         self,
@@ -128,19 +122,13 @@ class Planner:
         options: StoreOptions,
         *,
         extras_of: Callable[[Request], Extras] = salt_and_adapter,
-        saves_late: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        assert geometry.chunk_tokens % tokens_per_block == 0
         self.meter = Meter()
         self._store = store
         self._geometry = geometry
         self._root = root_key(geometry)
-        self._tokens_per_block = tokens_per_block
-        self._blocks_per_chunk = geometry.chunk_tokens // tokens_per_block
-        kinds = [group.kind for group in geometry.groups]
-        self._has_windows = GroupKind.WINDOW in kinds
-        self._state_groups = [index for index, kind in enumerate(kinds) if kind is GroupKind.STATE]
+        self._chunks = ChunkBlocks(geometry, tokens_per_block)
         self._options = options
         self._extras_of = extras_of
         self._clock = clock
@@ -151,7 +139,9 @@ class Planner:
         """Requests whose asynchronous load goes to the movers with the next pass."""
         self._lost_loads: list[int] = []
         self._cancelled: list[int] = []
-        self._saves_late = saves_late
+        self.saves_late = False
+        """Whether a pass's saves are planned with the next, as to find room for many chunks takes a millisecond or two
+        that the pass would wait for. For engines that always have a next one, and keep blocks until then."""
         self._unsaved: dict[int, _Save] = {}
         """Of the last pass, by request, until the next is planned."""
 
@@ -171,7 +161,8 @@ class Planner:
             chain = KeyChain(self._root, self._geometry.chunk_tokens, self._extras_of(request))
         chain.extend(tokens[chain.num_tokens :])
         tracked = self._matched[request.request_id] = _Tracked(request, chain, len(tokens), num_computed_tokens)
-        if may_load and num_computed_tokens % self._tokens_per_block == 0:  # the API has no name for part of a block
+        # The API has no name for part of a block.
+        if may_load and num_computed_tokens % self._chunks.tokens_per_block == 0:
             self._lease(tracked, num_computed_tokens)
         return tracked.load.offer if tracked.load else Offer()
 
@@ -313,8 +304,8 @@ class Planner:
         """
         chain, salt = tracked.chain, tracked.request.cache_salt
         chunk_tokens = self._geometry.chunk_tokens
-        ends_with_chunk = bool(self._has_windows or self._state_groups)
-        size = chunk_tokens if ends_with_chunk else self._tokens_per_block
+        ends_with_chunk = bool(self._chunks.has_windows or self._chunks.state_groups)
+        size = chunk_tokens if ends_with_chunk else self._chunks.tokens_per_block
         last = (chain.num_tokens - 1) // size * size
         deadline = self._clock() + self._options.load_deadline_seconds
         num_usable = -(-last // chunk_tokens)
@@ -403,7 +394,8 @@ class Planner:
 
     def _order_load(self, request_id: int, load: _Load, block_ids: BlockIds, metadata: PassMetadata) -> bool:
         """Put a load into the pass's metadata. False: a block that it needs does not exist, so it is lost."""
-        parts = [copy for part in load.job.parts if (copy := self._load_copy(part, load, block_ids)).block_ids]
+        copies = [self._chunks.loaded(part, load.start, load.end, block_ids) for part in load.job.parts]
+        parts = [copy for copy in copies if copy.block_ids]
         if any(NO_BLOCK in part.block_ids for part in parts):
             self._cancel(load)
             self.load_failed(request_id)
@@ -414,20 +406,6 @@ class Planner:
         (self._cost.begin if load.is_async else self._cost.drop)(load.job.job_id)
         self._count(load)
         return True
-
-    def _load_copy(self, part: Part, load: _Load, block_ids: BlockIds) -> PartCopy:
-        if part.group in self._state_groups:
-            return self._state_copy(part, block_ids)
-        chunk_start = part.chunk * self._blocks_per_chunk
-        first = max(load.start // self._tokens_per_block, self._first_live_block(part.group, load.end))
-        begin = max(first, chunk_start)
-        end = min(load.end // self._tokens_per_block, chunk_start + self._blocks_per_chunk)
-        return PartCopy(part.group, part.slots, begin - chunk_start, list(block_ids[part.group][begin:end]))
-
-    def _first_live_block(self, group: int, position: int) -> int:
-        """The first block of a group that the token at `position` attends to; a window counts the token itself."""
-        window_tokens = self._geometry.groups[group].window_tokens
-        return 0 if window_tokens is None else max(0, position - window_tokens + 1) // self._tokens_per_block
 
     def _count(self, load: _Load) -> None:
         """Tokens loaded, by the tier on which the match found their chunk."""
@@ -455,21 +433,22 @@ class Planner:
             return
         if tracked.chain.root != self._root:
             return
-        if self._state_groups and not self._ends_in_states(tracked.block_ids, end):
+        if self._chunks.state_groups and not self._chunks.ends_in_states(tracked.block_ids, end):
             return
-        if end > tracked.chain.num_tokens or not self._are_followed(tracked.block_ids, num_chunks):
+        if end > tracked.chain.num_tokens or not self._chunks.are_known(tracked.block_ids, num_chunks):
             # A pass was missed, or blocks are of a kind that we do not know: which KV is where would be a guess.
             self.meter.add("requests_not_followed")
             tracked.chain.root = b""  # Not forgotten: its end has to wait for saves under way.
             return
         tracked.num_chunks = num_chunks
-        first_chunk = self._first_whole_chunk(tracked.block_ids, computed)
+        first_chunk = self._chunks.first_whole(tracked.block_ids, computed)
         boundaries = [num_chunks]
-        if self._has_windows and not self._state_groups and tracked.chain.num_tokens == num_chunks * chunk_tokens:
+        ends_with_prompt = tracked.chain.num_tokens == num_chunks * chunk_tokens
+        if self._chunks.has_windows and not self._chunks.state_groups and ends_with_prompt:
             # The same prompt again goes on one chunk earlier, as its last token is always computed.
             boundaries.insert(0, num_chunks - 1)
         save = _Save(tracked, first_chunk, [boundary for boundary in boundaries if first_chunk < boundary])
-        if self._saves_late:
+        if self.saves_late:
             self._unsaved[data.request_id] = save
         else:
             self._begin_stores(data.request_id, save, metadata)
@@ -481,44 +460,8 @@ class Planner:
             job = self._store.begin_store(self._geometry, keys, save.first_chunk, salt=tracked.request.cache_salt)
             if job is not None:
                 tracked.saves = True
-                parts = [self._store_copy(part, tracked.block_ids) for part in job.parts]
+                parts = [self._chunks.saved(part, tracked.block_ids) for part in job.parts]
                 metadata.stores.append(RequestJob(request_id, CopyJob(job.job_id, parts)))
-
-    def _ends_in_states(self, block_ids: BlockIds, end: int) -> bool:
-        """Whether a request can go on where a pass ends: only there are states known, and where the engine keeps
-        them."""
-        last = end // self._tokens_per_block - 1
-        return end % self._geometry.chunk_tokens == 0 and all(
-            last < len(block_ids[group]) and block_ids[group][last] != NO_BLOCK for group in self._state_groups
-        )
-
-    def _are_followed(self, block_ids: BlockIds, num_chunks: int) -> bool:
-        """Whether the blocks of these chunks are known. Where every token is kept none may be missing."""
-        return all(
-            num_chunks * self._blocks_per_chunk <= len(of_group)
-            and (group.kind is not GroupKind.FULL or NO_BLOCK not in of_group)
-            for group, of_group in zip(self._geometry.groups, block_ids, strict=True)
-        )
-
-    def _first_whole_chunk(self, block_ids: BlockIds, computed: int) -> int:
-        """The first chunk of which no window's group lacks blocks: the engine takes those behind a window back."""
-        first_block = 0
-        for group, of_group in enumerate(block_ids):
-            if self._geometry.groups[group].kind is GroupKind.WINDOW:
-                last_gone = max((index for index, block in enumerate(of_group) if block == NO_BLOCK), default=-1)
-                first_block = max(first_block, last_gone + 1, self._first_live_block(group, computed))
-        return -(-first_block // self._blocks_per_chunk)
-
-    def _store_copy(self, part: Part, block_ids: BlockIds) -> PartCopy:
-        if part.group in self._state_groups:
-            return self._state_copy(part, block_ids)
-        start = part.chunk * self._blocks_per_chunk
-        of_chunk = list(block_ids[part.group][start : start + self._blocks_per_chunk])
-        return PartCopy(part.group, part.slots, 0, of_chunk)
-
-    def _state_copy(self, part: Part, block_ids: BlockIds) -> PartCopy:
-        last = (part.chunk + 1) * self._blocks_per_chunk - 1
-        return PartCopy(part.group, part.slots, 0, [block_ids[part.group][last]])
 
 
 def _blocks_of(data: RequestData) -> list[list[int]]:

@@ -187,7 +187,7 @@ class WorkerHalf(ArenaFollower):
             self._mover.load_beside(job, self._loads_after)
 
     def start_saves(self, stream: Any) -> None:
-        """Begin to save what the step's pass, as far as `stream` was given it, completes."""
+        """Begin to save what the step's pass, as far as `stream` was given it, completes, if it is planned with it."""
         if self._by_layer:
             self._order_after_loads(stream)
         if not self._metadata.saves_late:

@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 _MOST_LOAD_ENDS = 1024
 """Of those that nobody asks for, the last are kept."""
 
-
 _MOST_BEGUN = 8
 """Loads beside the passes under way at once: copies follow each other, and their locks take few descriptors."""
 _MOST_BEGUN_BYTES = 1 << 30

@@ -114,13 +114,11 @@ class PageKernel:
             if addresses is None:
                 addresses = _AddressList(self._device, num_copies)
                 after_allocating(stream)
-
             lists: list[torch.Tensor] = []
 
             def move(first: int, end: int) -> None:
-                lists.extend(
-                    () if lists else addresses.send(plan)
-                )  # Not before a load's first bytes, which would wait.
+                if not lists:  # Not sooner: a load's first bytes would wait for them.
+                    lists.extend(addresses.send(plan))
                 grid = (min(num_programs, end - first),)
                 _move[grid](*lists, first, end, WORDS=_WORDS, num_warps=_NUM_WARPS)
 

@@ -196,7 +196,13 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--host", "127.0.0.1"], ["--host", "h", "--port", "1", "--socket", "x"], ["--socket", "nonsense"]]
+    "arguments",
+    [
+        ["--host", "127.0.0.1"],
+        ["--host", "h", "--port", "1", "--socket", "x"],
+        ["--socket", "nonsense"],
+        ["--disk-size-gb", "10"],
+    ],
 )
 def test_a_server_without_a_place_is_not_started(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["server", *arguments]) == 2

@@ -172,6 +172,28 @@ def test_a_load_whose_lease_lapses_gives_its_pins_back(rig: Rig) -> None:
     assert rig.store.stats()["unknown_jobs"] == 1
 
 
+def test_a_load_that_is_cancelled_takes_nothing_from_those_who_read_the_same(rig: Rig) -> None:
+    """No rank was told of it: who has locked the slots reads them for another load."""
+    keys = keys_of(GEOMETRY, 2)
+    rig.save(keys)
+    read, cancelled, waiting = (rig.store.begin_load(GEOMETRY, keys, 0) for _ in range(3))
+    assert read is not None
+    assert cancelled is not None
+    assert waiting is not None
+    slots = [slot for part in read.parts for slot in part.slots]
+    lock = rig.store.mapping.begin_reading(slots)
+    assert lock is not None
+    rig.store.cancel(cancelled.job_id)
+    assert rig.store.match(GEOMETRY, keys).num_chunks == 2
+    assert all(map(rig.store.mapping.holds, slots)), "the one that waits finds them"
+    lock.end()
+    for job in (read, waiting):
+        for rank in range(GEOMETRY.num_ranks):
+            rig.store.done(job.job_id, rank, True)
+    assert rig.store.stats()["leases"] == 0
+    rig.store.check()
+
+
 def test_an_owner_that_dies_leaves_nothing(rig: Rig) -> None:
     keys, other = keys_of(GEOMETRY, 2), keys_of(GEOMETRY, 2, first_token=7)
     rig.save(keys)

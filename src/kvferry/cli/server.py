@@ -77,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     names = {option.name for option in fields(StoreOptions)}  # An argument that sets one has its name.
     given = vars(arguments).items()
     options = load_options({name: value for name, value in given if name in names and value is not None})
+    if arguments.disk_size_gb is not None and options.disk_path is None:
+        raise ConfigError("--disk-size-gb says how large the disk tier may be: --disk-path says where it is")
     endpoint = Endpoint.parse(_url(arguments, options))
     has_keys = arguments.curve_secret is not None
     keys = ServerKeys.read(arguments.curve_secret, arguments.curve_clients) if has_keys else None

@@ -247,7 +247,7 @@ class Store:
             if lease is None:
                 self._meter.add("unknown_jobs")
             else:
-                self._take_back(lease)
+                self._take_back(lease, was_told=False)
 
     def release(self, owner: str) -> None:
         """Return all that `owner` leased, and forget what it was to be told. Its ranks may still be copying."""
@@ -465,13 +465,14 @@ class Store:
         for entry in entries:
             self._index.unpin(entry)
 
-    def _take_back(self, lease: Lease) -> None:
-        """End a job that will not be done. Its ranks may still copy to or from its slots."""
+    def _take_back(self, lease: Lease, *, was_told: bool = True) -> None:
+        """End a job that will not be done. If its ranks were told of it, they may still copy to or from its slots; if
+        not, who reads these does so for another."""
         self._leases.end(lease)
         entries = lease.entries
         if lease.job.kind is JobKind.LOAD:
             self._unpin(lease.entries)
-            entries = [entry for entry in entries if any(map(self._arena.is_locked, entry.slots))]
+            entries = [entry for entry in entries if was_told and any(map(self._arena.is_locked, entry.slots))]
         self._withdraw(entries)
 
     def _withdraw(self, entries: Iterable[Entry]) -> None:

@@ -132,7 +132,7 @@ class Simulation:
         saves_late: bool | None = None,
     ) -> None:
         self.choose = random.Random(seed)
-        self._kinds, self.overlaps = kinds, overlap
+        self._kinds, self._overlap = kinds, overlap
         self.device = LateDevice(self.choose) if is_late else None
         self.stream = self.device.stream() if self.device is not None else None
         self._is_second_runner = self.choose.random() < 0.3 if is_second_runner is None else is_second_runner
@@ -203,7 +203,7 @@ class Simulation:
         return [self.raw[layer, :, :1]] if kind == "state" else self.raw[layer].view(-1, 1, BLOCK, 2)
 
     def add(self, name: str, prompt: list[int], num_tokens: int, salt: str | None = None) -> None:
-        stop = _STOP_TOKENS if self.overlaps else None  # Elsewhere it would only make lives shorter.
+        stop = _STOP_TOKENS if self._overlap else None  # Elsewhere it would only make lives shorter.
         sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0, stop_token_ids=stop)
         request = Request(name, prompt, sampling, None, block_hasher=self._hasher, cache_salt=salt)
         self.scheduler.add_request(request)
@@ -225,7 +225,7 @@ class Simulation:
         self._unheard.append((output, self._execute(output, failing), mark(self.stream)))
         if self.device is not None:
             self.device.run(self.choose.random())
-        while len(self._unheard) > (1 if self.overlaps and output.num_scheduled_tokens else 0):
+        while len(self._unheard) > (1 if self._overlap and output.num_scheduled_tokens else 0):
             *heard, end = self._unheard.popleft()
             if end is not None:
                 end.synchronize()

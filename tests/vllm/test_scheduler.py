@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,6 @@ def drive(simulation: Simulation, *, failing: float) -> None:
             finish(simulation, failing)  # so that the next one finds an idle engine
         if choose.random() < 0.3:
             simulation.scheduler.reset_prefix_cache()
-        if choose.random() < 0.2 and not simulation.overlaps:
-            with suppress(RuntimeError):  # vLLM says so if some of them wait for a load
-                simulation.scheduler.reset_prefix_cache(reset_running_requests=True)
     finish(simulation, failing)
     last = [choose.randrange(2, 50) for _ in range(5 * CHUNK + 1)]
     for name in ("last", "last again"):

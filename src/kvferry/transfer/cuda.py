@@ -260,7 +260,7 @@ class CudaCopier:
             self._wires[way],
             self._allocate,
             self._kernel,
-            lambda plan: self._pieces.cut(plan, _in_arena(plan, way)),
+            lambda plan: self._pieces.cut(plan, plan.in_arena(way)),
             lambda plan, wire: self._runtime.copy(plan, way, wire),
         )
 
@@ -270,8 +270,8 @@ class CudaCopier:
         stream = self.streams[direction]
         # Of the pages as they are: what the edge of a piece cuts off is small and says nothing of them.
         has_small_pages = plan.num_bytes < len(plan.sizes) * tuning.LARGEST_IN_DOUBT_BYTES
-        plan = self._pieces.cut(plan, _in_arena(plan, direction))
-        pinned = self._pieces.split(_in_arena(plan, direction))
+        plan = self._pieces.cut(plan, plan.in_arena(direction))
+        pinned = self._pieces.split(plan.in_arena(direction))
         direct, staged = (plan, None) if pinned.all() else (plan.only(pinned), plan.only(~pinned))
         last = self._runs[direction].copy(direct, stream)
         if last is None:
@@ -355,11 +355,6 @@ class CudaCopier:
                 stream.synchronize()
                 move(Plan(starts, share.destinations, share.sizes))
             free.record(stream)
-
-
-def _in_arena(plan: Plan, direction: Direction) -> Addresses:
-    """The addresses of the side that is on the host."""
-    return plan.sources if direction is Direction.TO_POOL else plan.destinations
 
 
 def _event() -> Any:

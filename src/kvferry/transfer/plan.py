@@ -87,6 +87,10 @@ class Plan:
     def num_bytes(self) -> int:
         return int(self.sizes.sum())
 
+    def in_arena(self, direction: Direction) -> Addresses:
+        """The addresses of the side that is in the arena."""
+        return self.sources if direction is Direction.TO_POOL else self.destinations
+
     def joined(self) -> Plan:
         """The same with runs that are adjacent on both sides made one copy."""
         if len(self.sources) < 2:

@@ -129,6 +129,6 @@ class RunCopies:
 
     def _has_runs(self, plan: Plan) -> bool:
         """Whether pages follow each other in the arena: at least every second one the one before it."""
-        in_arena = plan.sources if self._is_load else plan.destinations
+        in_arena = plan.in_arena(self._direction)
         num_runs = 1 + np.count_nonzero(in_arena[1:] != in_arena[:-1] + plan.sizes[:-1])
         return bool(num_runs * 2 <= len(plan.sizes) and num_runs * _SHORTEST_RUN_BYTES <= plan.num_bytes)

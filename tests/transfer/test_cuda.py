@@ -6,18 +6,17 @@ import mmap
 import os
 import random
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kvferry.transfer import runs, tuning
+from kvferry.transfer import runs
 from kvferry.transfer.copy import Copier, CopyEngine, mark
 from kvferry.transfer.cuda import PIECE_BYTES, CudaError, Runtime
-from kvferry.transfer.kernels import WORD_BYTES, PageKernel, Tuning
+from kvferry.transfer.kernels import WORD_BYTES, PageKernel
 from kvferry.transfer.layout import Layout, read_regions
-from kvferry.transfer.plan import Direction, PartBlocks, Plan
+from kvferry.transfer.plan import Direction, Pages, PartBlocks, Strides, block_rows
 from kvferry.transfer.runs import RunCopies
 
 pytestmark = [
@@ -69,7 +68,6 @@ def test_bytes_stay_right_while_the_device_computes(
     num_slots = min(NUM_SLOTS, len(arena) // part_bytes)
     copier = Copier(torch.device("cuda", 0), arena)
     assert copier.cuda is not None
-    monkeypatch.setattr(runs, "_SHORTEST_RUN_BYTES", 1)
     monkeypatch.setattr(runs, "PIECE_BYTES", chooser.choice([1 << 18, runs.PIECE_BYTES]))
     if not is_in_runs:
         copier.cuda._runs = dict.fromkeys(Direction, Never())  # type: ignore[arg-type]
@@ -113,7 +111,7 @@ def test_a_way_that_fails_is_replaced_by_the_next_and_named_once(
     way = {"batch": (Runtime, "_copy_batch"), "kernel": (PageKernel, "listed"), "register": (Runtime, "register")}
     way["runs"] = (RunCopies, "_copy")
     monkeypatch.setattr(*way[broken], fail)
-    pool = torch.randint(0, 255, (64, 4096 if broken == "kernel" else 1 << 16), dtype=torch.uint8, device="cuda")
+    pool = torch.randint(0, 255, (64, 1 << 16), dtype=torch.uint8, device="cuda")
     copier, engine = pinned(pool, arena)
     now = mark(torch.cuda.current_stream())
     kept = pool.clone()
@@ -124,7 +122,7 @@ def test_a_way_that_fails_is_replaced_by_the_next_and_named_once(
     assert torch.equal(pool[32:64:2], kept[1:33:2])
     assert torch.equal(pool[1:32:2], kept[1:32:2])
     said = [record.message for record in caplog.records if "slow" in record.message]
-    assert len(said) == (2 if broken == "runs" else 1), "each way has its runs"
+    assert len(said) == (2 if broken in ("kernel", "runs") else 1), "each way has its runs"
 
 
 def test_runs_in_two_registered_pieces_from_within_a_pass_and_beside_it(
@@ -147,34 +145,59 @@ def test_runs_in_two_registered_pieces_from_within_a_pass_and_beside_it(
     assert not caplog.records
 
 
-def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
-    device = torch.device("cuda", 0)
-    kernel, runtime = PageKernel(device), Runtime(device)
-    found = tuning.find(device, kernel, runtime.copy)
-    assert 0 < found.kernel_below_bytes <= tuning.LARGEST_IN_DOUBT_BYTES
-    monkeypatch.setattr(tuning, "_measure", None)
-    assert tuning.find(device, kernel, runtime.copy) == found
-
-
-def test_the_kernel_s_first_lists_wait_for_who_had_their_memory() -> None:
+def test_the_kernel_s_first_numbers_wait_for_who_had_their_memory() -> None:
     """What torch allocates may have been freed by work that is enqueued and still to run."""
-    host = torch.zeros(1 << 16, dtype=torch.uint8, pin_memory=True)
-    device = torch.ones(1 << 16, dtype=torch.uint8, device="cuda")
-    stream = torch.cuda.Stream()
-    plan = Plan(*(np.array([value], np.uint64) for value in (device.data_ptr(), host.data_ptr(), 1 << 16)))
-    small = PageKernel(torch.device("cuda", 0))
-    assert small.copy(plan, stream, Tuning(1 << 30))  # compiles the kernel
+    aside, pool = (torch.full((1 << 16,), value, dtype=torch.uint8, device="cuda") for value in (1, 0))
+    stream, of_one = torch.cuda.Stream(), (np.zeros(1, np.int64), np.ones(1, np.int64))
+    strides = Strides(0, 1, *(np.array([number]) for number in (pool.data_ptr(), 1 << 16, 1 << 16)))
+    pages = Pages(block_rows([PartBlocks(0, 0, [0])]), strides, Direction.TO_POOL, slice(0, 1))
+
+    def move() -> None:
+        with PageKernel(torch.device("cuda", 0)).listed(pages, *of_one, stream) as move:
+            move(0, 1, aside.data_ptr())
+
+    move()  # compiles the kernel
     torch.cuda.synchronize()
-    small = PageKernel(torch.device("cuda", 0))
+    pool.zero_()
     main = mark(torch.cuda.current_stream())
     torch.cuda._sleep(2_000_000_000)
     busy = mark(torch.cuda.current_stream())
-    assert small.copy(plan, stream, Tuning(1 << 30))
-    copied = mark(stream)
+    move()
+    moved = mark(stream)
     main.synchronize()
     time.sleep(0.2)
     assert not busy.query(), "a second's sleep, before the end of which this looks"
-    assert not copied.query()
+    assert not moved.query()
     torch.cuda.synchronize()
-    assert bool(host.all())
+    assert bool(pool.all())
+
+
+@pytest.mark.parametrize("way", Direction)
+def test_pages_of_all_lengths_are_moved(way: Direction) -> None:
+    """Of several regions, from a word to more than a program moves before it looks for the next page."""
+    rng = np.random.default_rng(0)
+    page_bytes = np.array([16, 4096, 4112, 65_536, 65_552, 400_000])
+    stride_bytes = page_bytes + 32
+    num_blocks, ids = 40, rng.permutation(40)[:24]
+    pool = torch.from_numpy(rng.integers(0, 256, int(stride_bytes.sum()) * num_blocks, dtype=np.uint8)).cuda()
+    aside = torch.from_numpy(rng.integers(0, 256, int(page_bytes.sum()) * 24, dtype=np.uint8)).cuda()
+    starts = num_blocks * (np.cumsum(stride_bytes) - stride_bytes)
+    strides = Strides(0, 8, pool.data_ptr() + starts, stride_bytes, page_bytes)
+    parts = [PartBlocks(at, 0, ids[8 * at : 8 * at + 8].tolist()) for at in range(3)]
+    pages = Pages(block_rows(parts), strides, way, slice(0, 6))
+    heads, lengths = pages.rows.stretches(100)
+    expected = pool.cpu().numpy(), aside.cpu().numpy()
+    place = 0
+    for part in parts:
+        for start, stride, size in zip(starts, stride_bytes, page_bytes, strict=True):
+            for block in part.block_ids:
+                in_pool, at = expected[0][start + block * stride :][:size], expected[1][place:][:size]
+                (in_pool if way is Direction.TO_POOL else at)[:] = at if way is Direction.TO_POOL else in_pool
+                place += size
+    stream = torch.cuda.Stream()
+    with PageKernel(torch.device("cuda", 0)).listed(pages, heads, lengths, stream) as move:
+        for first, end in ((8, 24), (0, 8)):
+            move(first, end, aside.data_ptr())
+    torch.cuda.synchronize()
+    assert np.array_equal(pool.cpu().numpy(), expected[0])
+    assert np.array_equal(aside.cpu().numpy(), expected[1])

@@ -14,7 +14,7 @@ from kvferry.testing.late_device import mark as mark_late
 from kvferry.transfer import copy as copy_module
 from kvferry.transfer.copy import Copier, CopyEngine
 from kvferry.transfer.layout import Layout, read_regions
-from kvferry.transfer.plan import Direction, PartBlocks, Plan
+from kvferry.transfer.plan import Direction, Pages, PartBlocks
 
 NUM_LAYERS, NUM_BLOCKS, BLOCKS_PER_PART, PAGE_BYTES = 5, 16, 4, 64
 IDS = [3, 9, 4, 12]
@@ -26,6 +26,7 @@ class Scene:
     def __init__(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(copy_module, "mark", mark_late)
         monkeypatch.setattr(copy_module, "_STEP_BYTES", 1)
+        monkeypatch.setattr(copy_module, "_RUN_BYTES", 1)
         self.device = LateDevice(random.Random(seed))
         self.main = self.device.stream()
         self.pool = torch.zeros(NUM_LAYERS, NUM_BLOCKS, PAGE_BYTES, dtype=torch.uint8)
@@ -79,11 +80,11 @@ def test_a_submission_that_breaks_off_leaves_nothing_under_way(way: Direction, m
     class Breaking(LateCopier):
         num_left = 3
 
-        def copy(self, plan: Plan, direction: Direction) -> Stream:
+        def copy(self, pages: Pages) -> Stream:
             self.num_left -= 1
             if self.num_left < 0:
                 raise RuntimeError("out of order")
-            return super().copy(plan, direction)
+            return super().copy(pages)
 
     for seed in range(20):
         scene = Scene(seed, monkeypatch)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.transfer.plan import Direction, PartBlocks, Plan, Strides, block_rows, plan_copies
+from kvferry.testing.late_device import beside
+from kvferry.transfer.plan import Direction, Pages, PartBlocks, Plan, Strides, block_rows
 
 BLOCKS_PER_PART = 4
 NUM_BLOCKS = 16
@@ -60,7 +61,7 @@ def naive(scene: Scene, direction: Direction) -> set[tuple[int, int]]:
 
 
 def plan_of(parts: Sequence[PartBlocks], strides: Strides, direction: Direction, regions: slice = slice(None)) -> Plan:
-    return plan_copies(block_rows(parts), strides, direction, regions)
+    return Pages(block_rows(parts), strides, direction, regions).plan()
 
 
 def bytes_of(plan: Plan) -> list[tuple[int, int]]:
@@ -100,6 +101,40 @@ def test_no_copy_crosses_an_edge(scene: Scene, direction: Direction, origin: int
     assert bytes_of(cut) == bytes_of(plan)
     first, last = cut.sources - np.uint64(origin), cut.sources + cut.sizes - np.uint64(origin + 1)
     assert (first // np.uint64(distance) == last // np.uint64(distance)).all()
+
+
+@given(scene=scenes(), direction=st.sampled_from(Direction), most=st.integers(1, 5))
+def test_runs_and_single_pages_beside_them_move_what_the_plan_moves(
+    scene: Scene, direction: Direction, most: int
+) -> None:
+    """Both meet in packed memory, where each byte has one place."""
+    pages = Pages(block_rows(scene[0]), scene[1], direction, scene[2])
+    heads, lengths = pages.rows.stretches(most)
+    assert lengths.sum() == pages.rows.ids.size
+    assert ((lengths > 0) & (lengths <= most)).all()
+    runs = bytes_of(pages.runs(heads, lengths, 500_000))
+    singles = [move for plan in beside(pages, heads, lengths, 500_000) for move in bytes_of(plan)]
+    first, second = (dict(runs), dict(singles)) if direction is Direction.TO_POOL else (dict(singles), dict(runs))
+    assert len(first) == len(second) == len(runs)
+    assert sorted(first.values()) == [*range(500_000, 500_000 + len(runs))]
+    assert {(source, second[place]) for source, place in first.items()} == naive(scene, direction)
+
+
+@given(scene=scenes(), direction=st.sampled_from(Direction))
+def test_a_row_s_pages_lie_between_the_ends_of_its_span(scene: Scene, direction: Direction) -> None:
+    pages = Pages(block_rows(scene[0]), scene[1], direction, scene[2])
+    for row, (first, last) in enumerate(zip(*map(np.ndarray.tolist, pages.spans()), strict=True)):
+        plan = pages.only(np.arange(pages.rows.ids.size) == row).plan()
+        starts = plan.in_arena(direction)
+        assert (int(starts.min()), int((starts + plan.sizes).max()) - 1) == (first, last)
+
+
+def test_whole_parts_are_one_run_of_all_their_regions() -> None:
+    strides = Strides(0, 4, np.array([1000, 2000, 3000]), np.array([8, 8, 8]), np.array([8, 8, 8]))
+    for first_block, sizes in ((0, [64, 64]), (1, [24, 24, 24, 24])):
+        parts = [PartBlocks(at, first_block, range(4 - first_block)) for at in (96, 0)]
+        pages = Pages(block_rows(parts), strides, Direction.TO_POOL, slice(1, 3))
+        assert pages.runs(*pages.rows.stretches(100), packed=0).sizes.tolist() == sizes
 
 
 def one_region(base: int, stride_bytes: int, page_bytes: int, arena_base: int = 0, blocks_per_part: int = 4) -> Strides:

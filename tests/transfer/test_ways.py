@@ -6,8 +6,7 @@ The copier is `CudaCopier` without its device: what it would enqueue there moves
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,28 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvferry.testing.late_device import LateDevice, Stream
+from kvferry.testing.late_device import LateDevice, LateMover, Stream
 from kvferry.transfer import runs
 from kvferry.transfer.cuda import CudaCopier
 from kvferry.transfer.host import move
-from kvferry.transfer.kernels import Tuning
-from kvferry.transfer.plan import Addresses, Direction, Plan
+from kvferry.transfer.plan import Addresses, Direction, Pages, PartBlocks, Plan, Strides, block_rows
 
-BYTES, PAGES = 1 << 16, 30
-
-
-class Kernel:
-    """Stands for `PageKernel`, which is asked to move pages on the device alone."""
-
-    def can_move(self, plan: Plan) -> bool:
-        return True
-
-    def copy(self, *_: object) -> bool:
-        return False
-
-    @contextmanager
-    def listed(self, plan: Plan, stream: Stream) -> Iterator[Callable[[int, int], None]]:
-        yield lambda first, end: stream.enqueue(partial(move, plan.only(slice(first, end))))
+NUM_BLOCKS, NUM_SLOTS, BLOCKS_PER_PART = 90, 24, 4
+PAGE_BYTES = np.array([16, 64, 48])
+PART_BYTES = BLOCKS_PER_PART * int(PAGE_BYTES.sum())
 
 
 class Scene:
@@ -47,11 +33,16 @@ class Scene:
         self.choose = random.Random(seed)
         self.device = LateDevice(self.choose)
         self.way = self.choose.choice(list(Direction))
-        self.arena, self.pool = (np.zeros(BYTES, np.uint8) for _ in range(2))
+        self.arena, self.pool = (
+            np.zeros(NUM_SLOTS * PART_BYTES, np.uint8),
+            np.zeros(NUM_BLOCKS * int(PAGE_BYTES.sum()), np.uint8),
+        )
+        bases = self.pool.ctypes.data + NUM_BLOCKS * (np.cumsum(PAGE_BYTES) - PAGE_BYTES)
+        self.strides = Strides(self.arena.ctypes.data, BLOCKS_PER_PART, bases, PAGE_BYTES, PAGE_BYTES)
         self.source, self.destination = (
             (self.arena, self.pool) if self.way is Direction.TO_POOL else (self.pool, self.arena)
         )
-        self.source[:] = np.random.default_rng(seed).integers(1, 256, BYTES, dtype=np.uint8)
+        self.source[:] = np.random.default_rng(seed).integers(1, 256, self.source.size, dtype=np.uint8)
         self.num_sends_left = self.choose.randrange(40)
         self.buffers: list[np.ndarray] = []
         self.copier = copier = object.__new__(CudaCopier)
@@ -59,14 +50,21 @@ class Scene:
         copier._wires = {way: self.device.stream() for way in Direction}
         copier._pieces = SimpleNamespace(cut=lambda plan, _addresses: plan, split=self.split)
         copier._runtime = SimpleNamespace(copy=self.send)
-        copier._kernel = Kernel()
-        copier._tuning, copier._tune_once = Tuning(), lambda: None
+        copier._kernel = LateMover()
+        copier._lock, copier._copy_staged, self.num_staged = threading.Lock(), self.copy_staged, 0
         copier._allocate = self.allocate
         copier._runs = {way: copier._run_copies(way) for way in Direction}
-        self.plans = [self.plan(at) for at in range(3)]
+        self.jobs = [self.pages(at) for at in range(3)]
 
-    def split(self, addresses: Addresses) -> np.ndarray:
-        return np.ones(len(addresses), np.bool_)
+    def split(self, firsts: Addresses, lasts: Addresses) -> np.ndarray:
+        """All of most jobs' is registered."""
+        assert (firsts < lasts).all()
+        share = self.choose.choice([1, 1, 0.8])
+        return np.array([self.choose.random() < share for _ in firsts])
+
+    def copy_staged(self, plan: Plan, _way: Direction, stream: Stream) -> None:
+        self.num_staged += 1
+        stream.enqueue(partial(move, plan))
 
     def allocate(self, num_bytes: int) -> int:
         self.buffers.append(np.zeros(num_bytes, np.uint8))
@@ -80,16 +78,18 @@ class Scene:
                 raise RuntimeError("out of order")
         stream.enqueue(partial(move, plan))
 
-    def plan(self, at: int) -> Plan:
-        sizes = np.array([self.choose.choice([16, 64, 256]) for _ in range(PAGES)], np.uint64)
-        run = self.choose.choice([4, 1])
-        gaps = np.cumsum([16 * (index % run == 0) for index in range(PAGES)]).astype(np.uint64)
-        slots = np.array(self.choose.sample(range(64 * at, 64 * at + 2 * PAGES), PAGES), np.uint64)
-        arena = np.uint64(self.arena.ctypes.data + 64 * 256 * at) + gaps + np.cumsum(sizes) - sizes
-        pool = np.uint64(self.pool.ctypes.data) + np.uint64(256) * slots
-        return Plan(*((arena, pool) if self.way is Direction.TO_POOL else (pool, arena)), sizes)
+    def pages(self, at: int) -> Pages:
+        blocks = self.choose.sample(range(30 * at, 30 * at + 30), 7 * BLOCKS_PER_PART)
+        parts = [
+            PartBlocks((8 * at + nth) * PART_BYTES, 0, blocks[nth * BLOCKS_PER_PART :][:BLOCKS_PER_PART])
+            for nth in self.choose.sample(range(7), 7)
+        ]
+        pages = Pages(block_rows(parts), self.strides, self.way, slice(self.choose.randrange(2), 3))
+        is_in_runs = self.choose.random() < 0.5
+        return pages if is_in_runs else pages.only(pages.rows.places % 2 == 0)
 
-    def has_arrived(self, plan: Plan) -> bool:
+    def has_arrived(self, pages: Pages) -> bool:
+        plan = pages.plan()
         of = (plan.sources - np.uint64(self.source.ctypes.data)).tolist()
         to = (plan.destinations - np.uint64(self.destination.ctypes.data)).tolist()
         return all(
@@ -100,17 +100,16 @@ class Scene:
 
 def test_copies_end_where_the_last_call_says_whatever_way_each_took(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "PIECE_BYTES", 640)
-    monkeypatch.setattr(runs, "_SHORTEST_RUN_BYTES", 64)
-    monkeypatch.setattr(runs, "_LONGEST_PAGE_BYTES", 256)
-    ends = {"wire": 0, "broken": 0}
+    ends = {"wire": 0, "broken": 0, "staged": 0}
     for seed in range(200):
         scene = Scene(seed)
         last: Any = None
-        for plan in scene.plans:
-            last = scene.copier.copy(plan, scene.way)
+        for pages in scene.jobs:
+            last = scene.copier.copy(pages)
             scene.device.run(scene.choose.random())
         last.synchronize()
-        assert all(map(scene.has_arrived, scene.plans)), seed
+        assert all(map(scene.has_arrived, scene.jobs)), seed
         ends["wire"] += last is scene.copier._wires[scene.way]
+        ends["staged"] += scene.num_staged
         ends["broken"] += not scene.copier._runs[scene.way]._works
     assert all(ends.values()), "each was met"

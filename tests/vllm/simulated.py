@@ -147,7 +147,7 @@ class Simulation:
         self._context: SimpleNamespace | None = None
         self._patches.enter_context(patch(f"{adapter}.is_forward_context_available", lambda: bool(self._context)))
         self._patches.enter_context(patch(f"{adapter}.get_forward_context", lambda: self._context))
-        self._patches.enter_context(patch("kvferry.transfer.copy._STEP_BYTES", 1))
+        self._patches.enter_context(patch.multiple("kvferry.transfer.copy", _STEP_BYTES=1, _RUN_BYTES=1))
         self._patches.enter_context(patch("kvferry.offload.mover._MOST_BEGUN", 100))  # There is no thread to wait in.
         self._silent, self.share_of_graphs = silent, 0.3
         config = EngineArgs(

@@ -10,29 +10,40 @@ import textwrap
 
 def test_the_kernel_moves_what_it_is_told_and_nothing_else() -> None:
     code = """
+        import random
         import numpy as np
         import torch
-        from kvferry.transfer.kernels import _NUM_WARPS, _WORDS, _move
+        from kvferry.testing.late_device import beside
+        from kvferry.transfer import kernels
+        from kvferry.transfer.host import move
+        from kvferry.transfer.plan import BlockRows, Direction, Pages, Strides
 
-        rng = np.random.default_rng(0)
-        for _ in range(12):
-            num_copies = int(rng.integers(1, 9))
-            sizes = 16 * rng.integers(1, 1200, num_copies)
-            source = rng.integers(1, 256, int(sizes.sum()), dtype=np.uint8)
-            starts = np.cumsum(sizes) - sizes
-            order = rng.permutation(num_copies)
-            places = np.empty(num_copies, np.int64)
-            places[order] = np.cumsum(sizes[order] + 16) - sizes[order]  # 16 bytes between them
-            target = np.zeros(int((sizes + 16).sum()), np.uint8)
-            expected = target.copy()
-            first, end = sorted(int(at) for at in rng.choice(num_copies + 1, 2, replace=False))
-            for copy in range(first, end):
-                start, place, size = int(starts[copy]), int(places[copy]), int(sizes[copy])
-                expected[place : place + size] = source[start : start + size]
-            lists = (places + target.ctypes.data, starts + source.ctypes.data, sizes)
-            grid = (int(rng.integers(1, 5)),)
-            _move[grid](*map(torch.from_numpy, lists), first, end, WORDS=_WORDS, num_warps=_NUM_WARPS)
-            assert np.array_equal(target, expected)
+        kernels._NUM_PROGRAMS, kernels._WORDS = 3, 4
+        for seed in range(40):
+            choose = random.Random(seed)
+            num_regions, num_rows, num_blocks = choose.randrange(1, 5), choose.randrange(1, 7), 9
+            page_bytes = np.array([16 * choose.choice([1, 3, 16, 17, 33]) for _ in range(num_regions)])
+            stride_bytes = page_bytes + 16 * choose.randrange(3)
+            pool = np.random.default_rng(seed).integers(1, 256, int(stride_bytes.sum()) * num_blocks, dtype=np.uint8)
+            aside = np.random.default_rng(~seed % 97).integers(1, 256, int(page_bytes.sum()) * num_rows, dtype=np.uint8)
+            bases = pool.ctypes.data + num_blocks * (np.cumsum(stride_bytes) - stride_bytes)
+            ids = np.array(choose.sample(range(num_blocks), num_rows))
+            rows = BlockRows(np.zeros(num_rows, np.int64), np.arange(num_rows), ids)
+            first_region = choose.randrange(num_regions)
+            regions = slice(first_region, choose.randrange(first_region, num_regions) + 1)
+            strides = Strides(0, num_rows, bases, stride_bytes, page_bytes)
+            pages = Pages(rows, strides, choose.choice(list(Direction)), regions)
+            heads, lengths = rows.stretches(choose.choice([1, 2, 4]))
+            first, end = sorted(choose.sample(range(num_rows + 1), 2))
+            before = pool.copy(), aside.copy()
+            for plan in beside(pages, heads, lengths, aside.ctypes.data)[first:end]:
+                move(plan)
+            expected = pool.copy(), aside.copy()
+            pool[:], aside[:] = before
+            numbers = torch.from_numpy(kernels._numbers(pages, heads, lengths))
+            kernels._launch(numbers, aside.ctypes.data, first, end, pages.direction)
+            assert np.array_equal(pool, expected[0]) and np.array_equal(aside, expected[1])
+            assert not (np.array_equal(pool, before[0]) and np.array_equal(aside, before[1]))
         print("moved")
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

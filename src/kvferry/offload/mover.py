@@ -141,8 +141,8 @@ class Mover:
     def _is_pinned(self, job: CopyJob) -> bool:
         """Whether a device copies all of a load without its host's help."""
         cuda = self._copier.cuda
-        slots = [self._slot(part) for part in job.parts]
-        return cuda is not None and all(cuda.is_pinned(slot.offset, slot.num_bytes) for slot in slots)
+        slots = (self._slot(part) for part in job.parts)
+        return cuda is not None and cuda.are_pinned([(slot.offset, slot.num_bytes) for slot in slots])
 
     def load_ahead(self, job: CopyJob, after: Any) -> bool:
         """Like `load_beside`, for blocks that count as filled at once: every later pass is to be ordered by

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.transfer.host import move
-from kvferry.transfer.plan import Direction, Plan
+from kvferry.transfer.plan import Direction, Numbers, Pages, Plan
 
 
 class Event:
@@ -111,10 +112,10 @@ class LateCopier:
         self._wire = device.stream()
         self._buffers: list[npt.NDArray[np.uint8]] = []
 
-    def copy(self, plan: Plan, direction: Direction) -> Stream:
+    def copy(self, pages: Pages) -> Stream:
         """Saves end on another stream than they begin on."""
-        stream = self.streams[direction]
-        if direction is Direction.TO_POOL:
+        plan, stream = pages.plan(), self.streams[pages.direction]
+        if pages.direction is Direction.TO_POOL:
             stream.enqueue(partial(move, plan))
             return stream
         self._buffers.append(buffer := np.empty(plan.num_bytes, np.uint8))
@@ -124,7 +125,7 @@ class LateCopier:
         self._wire.enqueue(partial(move, Plan(places, plan.destinations, plan.sizes)))
         return self._wire
 
-    def is_pinned(self, _offset: int, _num_bytes: int) -> bool:
+    def are_pinned(self, _ranges: Sequence[tuple[int, int]]) -> bool:
         """Whether the host has nothing to do with a load: chance decides."""
         return self._choose.random() < 0.5
 
@@ -134,6 +135,46 @@ class LateCopier:
 
     def close(self) -> None:
         self.synchronize()
+
+
+class LateMover:
+    """Stands for `PageKernel`."""
+
+    can = True
+
+    def can_move(self, _pages: Pages) -> bool:
+        return self.can
+
+    @contextmanager
+    def listed(
+        self, pages: Pages, heads: Numbers, lengths: Numbers, stream: Stream
+    ) -> Iterator[Callable[[int, int, int], None]]:
+        def enqueue(first: int, end: int, packed: int) -> None:
+            for plan in beside(pages, heads, lengths, packed)[first:end]:
+                stream.enqueue(partial(move, plan))
+
+        yield enqueue
+
+
+def beside(pages: Pages, heads: Numbers, lengths: Numbers, packed: int) -> list[Plan]:
+    """By row, the copies of its pages between the pool and where `pages.runs` has them."""
+    regions = range(pages.strides.page_bytes.size)[pages.regions]
+    bases, strides, sizes = (
+        side.tolist() for side in (pages.strides.bases, pages.strides.stride_bytes, pages.strides.page_bytes)
+    )
+    copies: dict[int, list[tuple[int, int, int]]] = {row: [] for row in range(pages.rows.ids.size)}
+    for head, length in zip(heads.tolist(), lengths.tolist(), strict=True):
+        at = packed + head * sum(sizes[region] for region in regions)
+        for region in regions:
+            for row in range(head, head + length):
+                copies[row].append((at, bases[region] + strides[region] * int(pages.rows.ids[row]), sizes[region]))
+                at += sizes[region]
+    plans = []
+    for of_row in copies.values():
+        aside, in_pool, num_bytes = (np.array(side, np.uint64) for side in zip(*of_row, strict=True))
+        sides = (aside, in_pool) if pages.direction is Direction.TO_POOL else (in_pool, aside)
+        plans.append(Plan(*sides, num_bytes))
+    return plans
 
 
 def mark(stream: Stream | None) -> Event | None:

@@ -18,13 +18,15 @@ import torch
 from kvferry.transfer.cuda import CudaCopier
 from kvferry.transfer.host import HostCopier
 from kvferry.transfer.layout import Layout
-from kvferry.transfer.plan import BlockRows, Direction, PartBlocks, Strides, block_rows, plan_copies
+from kvferry.transfer.plan import BlockRows, Direction, Pages, PartBlocks, Strides, block_rows
 
-_STEP_COPIES, _STEP_BYTES = 8192, 256 << 20
-"""At most so much of what is submitted at once: some milliseconds of the wire, during which the next are planned, and
-after which other streams' copies have their turn."""
+_STEP_BYTES = 256 << 20
+"""About so much is submitted at once: some milliseconds of the wire, during which the next is planned, and after which
+other streams' copies have their turn."""
 _FIRST_SHARE: Final = 8
 """The first step is so much smaller, for the wire to have something to do soon."""
+_RUN_BYTES = 128 << 10
+"""But steps are of so many regions that no shorter runs of whole parts are made, which keep no wire full."""
 
 
 def mark(stream: Any) -> Any:
@@ -112,7 +114,7 @@ class CopyEngine:
         self._check(rows)
         if self._copier.cuda is not None:
             return self._submit_cuda(self._copier.cuda, direction, rows, after)
-        return Copy(shares=tuple(self._copier.host.copy(plan_copies(rows, self._strides, direction))))
+        return Copy(shares=tuple(self._copier.host.copy(Pages(rows, self._strides, direction, slice(None)).plan())))
 
     def _submit_cuda(self, copier: CudaCopier, direction: Direction, rows: BlockRows, after: Any) -> Copy:
         stream = copier.streams[direction]
@@ -120,12 +122,15 @@ class CopyEngine:
             stream.wait_event(after)
         steps = []
         regions = self._layout.regions
-        num_copies = max(1, rows.ids.size)
-        a_step = min(_STEP_COPIES / num_copies, _STEP_BYTES * len(regions) / (num_copies * self._block_bytes))
-        edges = range(max(1, int(a_step / _FIRST_SHARE)), len(regions), max(1, int(a_step)))
+        region_bytes = max(1, rows.ids.size) * self._block_bytes / len(regions)
+        fewest = -(-_RUN_BYTES * len(regions) // (self._block_bytes * self._strides.blocks_per_part))
+        first, a_step = (
+            max(fewest, int(num_bytes / region_bytes)) for num_bytes in (_STEP_BYTES // _FIRST_SHARE, _STEP_BYTES)
+        )
+        edges = range(first, len(regions), a_step)
         try:
             for which in itertools.starmap(slice, itertools.pairwise([0, *edges, len(regions)])):
-                last = copier.copy(plan_copies(rows, self._strides, direction, which), direction)
+                last = copier.copy(Pages(rows, self._strides, direction, which))
                 layers = frozenset(layer for region in regions[which] for layer in region.layers)
                 steps.append((layers, mark(last)))
         except Exception:

@@ -1,10 +1,9 @@
 """Copies between a CUDA device and an arena, enqueued on streams of their own.
 
 What is registered with the driver is copied by the device's copy engines at the speed of the wire, pages that lie side
-by side in the arena together (`runs`), or, where these are small, by a kernel that reads or writes host memory itself
-(`kernels`). What is not registered yet goes through two pinned buffers. The arena is registered in
-pieces by a thread, those first that copies ask for, so that a large arena delays nobody. Calls the runtime that torch
-has loaded, through ctypes; every return code is looked at.
+by side in the arena together (`runs`). What is not registered yet goes through two pinned buffers. The arena is
+registered in pieces by a thread, those first that copies ask for, so that a large arena delays nobody. Calls the
+runtime that torch has loaded, through ctypes; every return code is looked at.
 
 Knows addresses and streams; no block, no part and no store.
 """
@@ -15,6 +14,7 @@ import ctypes
 import logging
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,10 +24,9 @@ import torch
 
 from kvferry.memory import node_of_pci_device, populate, prefer_node
 from kvferry.observability.log import OnceLog
-from kvferry.transfer import tuning
 from kvferry.transfer.host import move
-from kvferry.transfer.kernels import PageKernel, Tuning, after_allocating
-from kvferry.transfer.plan import Addresses, Direction, Plan
+from kvferry.transfer.kernels import PageKernel, after_allocating
+from kvferry.transfer.plan import Addresses, Direction, Pages, Plan
 from kvferry.transfer.runs import RunCopies
 
 logger = logging.getLogger(__name__)
@@ -170,19 +169,19 @@ class PinnedPieces:
     def __len__(self) -> int:
         return len(self._pinned)
 
-    def split(self, addresses: Addresses) -> npt.NDArray[np.bool_]:
-        """Which copies lie in registered pieces, by their addresses on the host's side; asks for the other pieces.
-        No copy may cross from one piece to another."""
-        pieces = ((addresses - np.uint64(self._base)) // np.uint64(PIECE_BYTES)).astype(np.int64)
-        pinned = self._pinned[pieces]
-        if not pinned.all():
-            self.want(np.unique(pieces[~pinned]).tolist())
-        return pinned
-
-    def has(self, offset: int, num_bytes: int) -> bool:
-        """Whether these bytes lie in registered pieces; asks for the other pieces."""
-        pieces = np.arange(offset // PIECE_BYTES, (offset + num_bytes - 1) // PIECE_BYTES + 1)
-        return bool(self.split(np.uint64(self._base) + pieces.astype(np.uint64) * np.uint64(PIECE_BYTES)).all())
+    def split(self, firsts: Addresses, lasts: Addresses) -> npt.NDArray[np.bool_]:
+        """Which of these ranges, by the addresses of their first and last byte, lie in registered pieces; asks for the
+        pieces of the others."""
+        pinned = self._pinned.copy()
+        first, last = (
+            ((side - np.uint64(self._base)) // np.uint64(PIECE_BYTES)).astype(np.int64) for side in (firsts, lasts)
+        )
+        num_before = np.concatenate([[0], np.cumsum(pinned)])
+        are_in: npt.NDArray[np.bool_] = num_before[last + 1] - num_before[first] == last + 1 - first
+        if not are_in.all():
+            changes = np.bincount(first, minlength=len(pinned) + 1) - np.bincount(last + 1, minlength=len(pinned) + 1)
+            self.want(np.flatnonzero((np.cumsum(changes)[:-1] > 0) & ~pinned).tolist())
+        return are_in
 
     def cut(self, plan: Plan, addresses: Addresses) -> Plan:
         """The same copies, none of which crosses from one piece to another."""
@@ -242,13 +241,12 @@ class CudaCopier:
         self._wires = {way: torch.cuda.Stream(device) for way in Direction}  # type: ignore[no-untyped-call]
         self._all_streams = (*self.streams.values(), *self._wires.values())
         self._runtime = Runtime(device)
-        self._pieces = PinnedPieces(self._runtime, arena.data_ptr(), arena.numel())
+        self._arena_base = arena.data_ptr()
+        self._pieces = PinnedPieces(self._runtime, self._arena_base, arena.numel())
         self._device = device
         self._kernel = PageKernel(device)
-        self._tuning = Tuning()
         self._warming = threading.Thread(target=self._warm, name="kvferry-warm", daemon=True)
         self._warming.start()
-        self._tuner: threading.Thread | None = None
         self._lock = threading.Lock()
         self._stages: list[tuple[torch.Tensor, Any]] = []
         self._buffers: list[torch.Tensor] = []
@@ -260,36 +258,33 @@ class CudaCopier:
             self._wires[way],
             self._allocate,
             self._kernel,
-            lambda plan: self._pieces.cut(plan, plan.in_arena(way)),
+            lambda plan: self._cut(plan, way),
             lambda plan, wire: self._runtime.copy(plan, way, wire),
         )
 
-    def copy(self, plan: Plan, direction: Direction) -> Any:
+    def copy(self, pages: Pages) -> Any:
         """Enqueue after what the direction's stream was given so far. Returns at once for registered memory; waits for
         most of the rest. Returns the stream with whose work so far the copies end."""
-        stream = self.streams[direction]
-        # Of the pages as they are: what the edge of a piece cuts off is small and says nothing of them.
-        has_small_pages = plan.num_bytes < len(plan.sizes) * tuning.LARGEST_IN_DOUBT_BYTES
-        plan = self._pieces.cut(plan, plan.in_arena(direction))
-        pinned = self._pieces.split(plan.in_arena(direction))
-        direct, staged = (plan, None) if pinned.all() else (plan.only(pinned), plan.only(~pinned))
-        last = self._runs[direction].copy(direct, stream)
+        way = pages.direction
+        stream = self.streams[way]
+        pinned = self._pieces.split(*pages.spans())
+        direct, staged = (pages, None) if pinned.all() else (pages.only(pinned), pages.only(~pinned))
+        last = self._runs[way].copy(direct, stream)
         if last is None:
-            if has_small_pages:
-                self._tune_once()
-            if not (has_small_pages and self._kernel.copy(direct, stream, self._tuning)):
-                self._runtime.copy(direct, direction, stream)
+            self._runtime.copy(self._cut(direct.plan(), way), way, stream)
         if staged is not None:
             with self._lock, torch.cuda.stream(stream):
-                self._copy_staged(staged, direction, stream)
+                self._copy_staged(staged.plan(), way, stream)
         if last is None or staged is not None:
-            stream.wait_stream(self._wires[direction])  # Earlier copies of the same job may end there.
+            stream.wait_stream(self._wires[way])  # Earlier copies of the same job may end there.
             last = stream
         return last
 
-    def is_pinned(self, offset: int, num_bytes: int) -> bool:
-        """Whether this part of the arena is registered; what is not is asked for."""
-        return self._pieces.has(offset, num_bytes)
+    def are_pinned(self, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Whether these ranges of the arena, (offset, bytes), are registered; what is not is asked for."""
+        offsets, num_bytes = np.array(ranges, np.uint64).reshape(-1, 2).T
+        firsts = offsets + np.uint64(self._arena_base)
+        return bool(self._pieces.split(firsts, firsts + num_bytes - np.uint64(1)).all())
 
     def synchronize(self) -> None:
         """Wait for what was enqueued."""
@@ -300,8 +295,6 @@ class CudaCopier:
         """Wait for what was enqueued. Calling it again does nothing."""
         self._warming.join()
         self.synchronize()
-        if self._tuner is not None:
-            self._tuner.join()
         self._pieces.close()
         self._stages.clear()
         self._buffers.clear()
@@ -319,25 +312,15 @@ class CudaCopier:
             after_allocating(stream)
         return buffer.data_ptr()
 
+    def _cut(self, plan: Plan, way: Direction) -> Plan:
+        return self._pieces.cut(plan, plan.in_arena(way))
+
     def _warm(self) -> None:
         try:
             self._runtime.use_device()
             self._kernel.warm()
         except Exception:  # the thread's boundary: who needs the kernel meets it again, and says so
             logger.debug("the kernel could not be compiled yet", exc_info=True)
-
-    def _tune_once(self) -> None:
-        """Begin to measure when first there are pages that either way might be the better one for."""
-        if self._tuner is None:
-            self._tuner = threading.Thread(target=self._tune, name="kvferry-tune", daemon=True)
-            self._tuner.start()
-
-    def _tune(self) -> None:
-        try:
-            self._runtime.use_device()
-            self._tuning = tuning.find(self._device, self._kernel, self._runtime.copy)
-        except Exception:  # the thread's boundary: copies go on as they are
-            logger.warning("ways to copy could not be compared; the usual choice stays", exc_info=True)
 
     def _copy_staged(self, plan: Plan, direction: Direction, stream: Any) -> None:
         """Through two pinned buffers in turn."""

@@ -1,24 +1,20 @@
-"""Copies of pages by the device's own processors: within the device, or from and to pinned host memory directly.
+"""Moves pages by the device's own processors, between a pool and memory of the device where they lie packed.
 
-A copy engine needs about a microsecond a page, so below some page size it falls behind the wire. Where that is, and how
-many programs keep the wire full, differs from device to device: `Tuning` says it, measured once a device and kept in a
-file. Needs Triton; without it, or where it fails, everything goes to the copy engines.
+The device makes their addresses itself, from blocks and regions: a host that lists pages of 4 or 8 KiB falls behind the
+wire. Needs Triton; without it, or where it fails, everything goes to the copy engines.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from kvferry.observability.log import OnceLog
-from kvferry.transfer.plan import Plan
+from kvferry.transfer.plan import Direction, Numbers, Pages
 
 try:
     import triton
@@ -26,40 +22,50 @@ try:
 except ImportError:
     triton = None
 
-logger = logging.getLogger(__name__)
-
 WORD_BYTES: Final = 16
 """What one thread moves at a time; pages that are no multiple of it are left to the copy engines."""
 _WORDS: Final = 1024
-"""Eight bytes each: what a program moves at a time."""
+"""Eight bytes each: what a program moves at a time, up to eight times of one page, which is a tile."""
 _NUM_WARPS: Final = 4
 _NUM_PROGRAMS: Final = 128
-"""Within the device, where they take microseconds."""
 
 if triton is not None:
-    # Numbers of copies are of every kind: none is worth a kernel of its own, compiled while somebody waits.
-    @triton.jit(do_not_specialize=["first", "end"])  # type: ignore[untyped-decorator]
-    def _move(destinations, sources, sizes, first, end, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-        copy = first + tl.program_id(0)
-        while copy < end:
-            destination = tl.multiple_of(tl.load(destinations + copy), 16)
-            source = tl.multiple_of(tl.load(sources + copy), 16)
-            num_words = tl.multiple_of(tl.load(sizes + copy) // 8, 2)
-            to = destination.to(tl.pointer_type(tl.int64))
-            of = source.to(tl.pointer_type(tl.int64))
-            for start in range(0, num_words, WORDS):
+    # Numbers are of every kind: none is worth a kernel of its own, compiled while somebody waits.
+    @triton.jit(do_not_specialize=["packed", "first", "end"])  # type: ignore[untyped-decorator]
+    def _move(numbers, packed, first, end, IS_LOAD: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+        num_rows = tl.load(numbers)
+        num_regions = tl.load(numbers + 1)
+        num_tiles = tl.load(numbers + 2)
+        row_bytes = tl.load(numbers + 3)
+        of_rows = numbers + 4
+        of_regions = of_rows + 3 * num_rows
+        item = first * num_regions * num_tiles + tl.program_id(0)
+        while item < end * num_regions * num_tiles:
+            tile = item % num_tiles
+            region = item // num_tiles % num_regions
+            row = item // num_tiles // num_regions
+            block = tl.load(of_rows + row)
+            head = tl.load(of_rows + num_rows + row)
+            length = tl.load(of_rows + 2 * num_rows + row)
+            base = tl.load(of_regions + region)
+            stride = tl.load(of_regions + num_regions + region)
+            page_bytes = tl.load(of_regions + 2 * num_regions + region)
+            before = tl.load(of_regions + 3 * num_regions + region)
+            in_pool = base + block * stride
+            aside = packed + head * row_bytes + length * before + (row - head) * page_bytes
+            # Said of the pointer: what is said of the number is forgotten, and words of 8 bytes are moved.
+            in_pool = tl.multiple_of(in_pool.to(tl.pointer_type(tl.int64)), 16)
+            aside = tl.multiple_of(aside.to(tl.pointer_type(tl.int64)), 16)
+            if IS_LOAD:
+                of, to = aside, in_pool
+            else:
+                of, to = in_pool, aside
+            num_words = tl.multiple_of(page_bytes // 8, 2)
+            for start in range(tile * 8 * WORDS, tl.minimum(num_words, (tile + 1) * 8 * WORDS), WORDS):
                 at = start + tl.arange(0, WORDS)
                 inside = at < num_words
                 tl.store(to + at, tl.load(of + at, mask=inside), mask=inside)
-            copy += tl.num_programs(0)
-
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """kernel_below_bytes: pages smaller than this, on average, are copied by the kernel. num_programs: that it runs."""
-
-    kernel_below_bytes: int = 48 << 10
-    num_programs: int = 64
+            item += tl.num_programs(0)
 
 
 class PageKernel:
@@ -67,68 +73,74 @@ class PageKernel:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._works = triton is not None
-        self._log = OnceLog(logger)
         self._lock = threading.Lock()
-        self._lists: list[_AddressList] = []
-
-    def copy(self, plan: Plan, stream: Any, tuning: Tuning) -> bool:
-        """Whether these copies between the device and pinned memory are the kernel's, and are enqueued."""
-        num_copies = len(plan.sizes)
-        if not (self.can_move(plan) and num_copies and plan.num_bytes < num_copies * tuning.kernel_below_bytes):
-            return False
-        try:
-            with self.listed(plan, stream, tuning.num_programs) as move:
-                move(0, num_copies)
-        except Exception as error:  # noqa: BLE001 - compilers raise whatever they like, and copy engines can do it too
-            self._works = False
-            self._log.warn("kernel", "small pages are copied by the copy engines, which is slower: %r", error)
-            return False
-        return True
+        self._lists: list[_NumberList] = []
 
     def warm(self) -> None:
         """Compile the kernel before somebody waits: it takes some tenths of a second where Triton has not kept it."""
-        if self._works:
+        if triton is not None:
             with torch.cuda.stream(torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
-                none = torch.zeros(1, dtype=torch.int64, device=self._device)
-                _move[(1,)](none, none, none, 0, 0, WORDS=_WORDS, num_warps=_NUM_WARPS)
+                none = torch.zeros(4, dtype=torch.int64, device=self._device)
+                for way in Direction:
+                    _launch(none, none.data_ptr(), 0, 0, way)
 
-    def can_move(self, plan: Plan) -> bool:
-        """Whether there is a kernel, and these copies are of whole words."""
-        sides = (plan.sources, plan.destinations, plan.sizes)
-        return self._works and not any(int(np.bitwise_or.reduce(side)) % WORD_BYTES for side in sides)
+    def can_move(self, pages: Pages) -> bool:
+        """Whether there is a kernel, and these pages are of whole words."""
+        strides = pages.strides
+        return triton is not None and not any(
+            int(np.bitwise_or.reduce(side[pages.regions])) % WORD_BYTES
+            for side in (strides.bases, strides.stride_bytes, strides.page_bytes)
+        )
 
     @contextmanager
     def listed(
-        self, plan: Plan, stream: Any, num_programs: int = _NUM_PROGRAMS
-    ) -> Iterator[Callable[[int, int], None]]:
-        """What enqueues the copies from the first number up to the second on `stream`, as often as it is called within.
-        Within, `stream` is the current one."""
+        self, pages: Pages, heads: Numbers, lengths: Numbers, stream: Any
+    ) -> Iterator[Callable[[int, int, int], None]]:
+        """What moves the pages of the rows from the first number up to the second on `stream`, as often as it is called
+        within: between the pool and where `pages.runs` has them, for these stretches and if those of row 0 were at the
+        address given third. Within, `stream` is the current one."""
+        numbers = _numbers(pages, heads, lengths)
         # Engines run passes in inference mode, and copies from threads that are not in it: both use the same lists.
         with torch.inference_mode():
-            num_copies = len(plan.sizes)
             with self._lock:
-                addresses = next((each for each in self._lists if each.is_free(num_copies)), None)
-                if addresses is not None:
-                    self._lists.remove(addresses)
-            if addresses is None:
-                addresses = _AddressList(self._device, num_copies)
+                numbered = next((each for each in self._lists if each.is_free(numbers.size)), None)
+                if numbered is not None:
+                    self._lists.remove(numbered)
+            if numbered is None:
+                numbered = _NumberList(self._device, numbers.size)
                 after_allocating(stream)
-            lists: list[torch.Tensor] = []
+            sent: list[torch.Tensor] = []
 
-            def move(first: int, end: int) -> None:
-                if not lists:  # Not sooner: a load's first bytes would wait for them.
-                    lists.extend(addresses.send(plan))
-                grid = (min(num_programs, end - first),)
-                _move[grid](*lists, first, end, WORDS=_WORDS, num_warps=_NUM_WARPS)
+            def move(first: int, end: int, packed: int) -> None:
+                if not sent:  # Not sooner: a load's first bytes would wait for them.
+                    sent.append(numbered.send(numbers))
+                _launch(sent[0], packed, first, end, pages.direction)
 
             with torch.cuda.stream(stream):
                 try:
                     yield move
                 finally:
-                    addresses.busy_until(stream)
+                    numbered.busy_until(stream)
                     with self._lock:
-                        self._lists.append(addresses)
+                        self._lists.append(numbered)
+
+
+def _numbers(pages: Pages, heads: Numbers, lengths: Numbers) -> Numbers:
+    """What the kernel is told once for all it is to move."""
+    strides, which, page_bytes = pages.strides, pages.regions, pages.page_bytes
+    num_tiles = -(-int(page_bytes.max()) // (8 * 8 * _WORDS))
+    return np.concatenate(
+        [
+            [pages.rows.ids.size, page_bytes.size, num_tiles, pages.row_bytes],
+            *(pages.rows.ids, np.repeat(heads, lengths), np.repeat(lengths, lengths)),
+            *(strides.bases[which], strides.stride_bytes[which], page_bytes, np.cumsum(page_bytes) - page_bytes),
+        ]
+    )
+
+
+def _launch(numbers: torch.Tensor, packed: int, first: int, end: int, way: Direction) -> None:
+    is_load = way is Direction.TO_POOL
+    _move[(_NUM_PROGRAMS,)](numbers, packed, first, end, IS_LOAD=is_load, WORDS=_WORDS, num_warps=_NUM_WARPS)
 
 
 def after_allocating(stream: Any) -> None:
@@ -137,26 +149,23 @@ def after_allocating(stream: Any) -> None:
     stream.wait_stream(torch.cuda.current_stream(stream.device))
 
 
-class _AddressList:
-    """A plan's arrays on the device, and pinned memory to send them from."""
+class _NumberList:
+    """Numbers on the device, and pinned memory to send them from."""
 
-    def __init__(self, device: torch.device, num_copies: int) -> None:
-        self._capacity = max(1 << 12, 1 << (num_copies - 1).bit_length())
-        self._host = torch.empty(3, self._capacity, dtype=torch.int64, pin_memory=True)
-        self._device = torch.empty(3, self._capacity, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device, num_numbers: int) -> None:
+        capacity = max(1 << 12, 1 << (num_numbers - 1).bit_length())
+        self._host = torch.empty(capacity, dtype=torch.int64, pin_memory=True)
+        self._device = torch.empty(capacity, dtype=torch.int64, device=device)
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def is_free(self, num_copies: int) -> bool:
-        return num_copies <= self._capacity and bool(self._event.query())  # type: ignore[no-untyped-call]
+    def is_free(self, num_numbers: int) -> bool:
+        return num_numbers <= self._host.numel() and bool(self._event.query())  # type: ignore[no-untyped-call]
 
-    def send(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def send(self, numbers: Numbers) -> torch.Tensor:
         """On the current stream."""
-        rows = []
-        for row, side in enumerate((plan.destinations, plan.sources, plan.sizes)):
-            self._host[row, : len(side)].numpy()[:] = side.view(np.int64)
-            rows.append(self._device[row, : len(side)].copy_(self._host[row, : len(side)], non_blocking=True))
-        return rows[0], rows[1], rows[2]
+        self._host[: numbers.size].numpy()[:] = numbers
+        return self._device[: numbers.size].copy_(self._host[: numbers.size], non_blocking=True)
 
     def busy_until(self, stream: Any) -> None:
-        """What `stream` was given so far uses the arrays."""
+        """What `stream` was given so far uses them."""
         self._event.record(stream)

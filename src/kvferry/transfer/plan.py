@@ -1,5 +1,7 @@
 """Turns (part, blocks) into byte copies: arrays of source, destination and size, neighbours joined.
 
+Where a device moves the pool's side itself, only the long runs in the arena are listed (`Pages.runs`).
+
 Pure arithmetic on addresses in numpy, without a Python loop over blocks. Knows no tensor, no stream and no store.
 """
 
@@ -63,6 +65,18 @@ class BlockRows:
     offsets: Numbers
     places: Numbers
     ids: Numbers
+
+    def only(self, which: npt.NDArray[np.bool_] | Numbers) -> BlockRows:
+        """Some of the rows."""
+        return BlockRows(self.offsets[which], self.places[which], self.ids[which])
+
+    def stretches(self, most: int) -> tuple[Numbers, Numbers]:
+        """Rows whose places follow each other in one part, at most so many: the first and the number of each."""
+        follows = (self.offsets[1:] == self.offsets[:-1]) & (self.places[1:] == self.places[:-1] + 1)
+        heads = np.flatnonzero(np.concatenate([np.ones(min(1, self.ids.size), np.bool_), ~follows]))
+        lengths = np.diff(heads, append=self.ids.size)
+        heads = np.flatnonzero((np.arange(self.ids.size) - np.repeat(heads, lengths)) % most == 0)
+        return heads, np.diff(heads, append=self.ids.size)
 
 
 def block_rows(parts: Sequence[PartBlocks]) -> BlockRows:
@@ -137,16 +151,55 @@ class Plan:
         return Plan(self.sources[copy] + within, self.destinations[copy] + within, sizes)
 
 
-def plan_copies(rows: BlockRows, strides: Strides, direction: Direction, regions: slice = slice(None)) -> Plan:
-    """The copies of these blocks in consecutive `regions`, all of them by default.
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """What is to be copied: the pages of these blocks in consecutive `regions`."""
 
-    Copies that follow each other on both sides are joined.
-    """
-    assert rows.ids.size == 0 or rows.ids.min() >= 0, "a block that does not exist has no address"
-    page_bytes = strides.page_bytes[regions, None]
-    in_part = strides.region_offsets[regions, None] + rows.places * page_bytes
-    arena = (rows.offsets + strides.arena_base + in_part).astype(np.uint64)
-    pool = (strides.bases[regions, None] + rows.ids * strides.stride_bytes[regions, None]).astype(np.uint64)
-    sizes = np.broadcast_to(page_bytes, arena.shape).astype(np.uint64)
-    sources, destinations = (arena, pool) if direction is Direction.TO_POOL else (pool, arena)
-    return Plan(sources.ravel(), destinations.ravel(), sizes.ravel()).joined()
+    rows: BlockRows
+    strides: Strides
+    direction: Direction
+    regions: slice
+
+    @property
+    def page_bytes(self) -> Numbers:
+        """By region."""
+        return self.strides.page_bytes[self.regions]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of all pages of a block."""
+        return int(self.page_bytes.sum())
+
+    def only(self, which: npt.NDArray[np.bool_]) -> Pages:
+        """Those of some of the rows."""
+        return Pages(self.rows.only(which), self.strides, self.direction, self.regions)
+
+    def plan(self) -> Plan:
+        """Copies that follow each other on both sides are joined."""
+        rows, strides = self.rows, self.strides
+        assert rows.ids.size == 0 or rows.ids.min() >= 0, "a block that does not exist has no address"
+        arena = self._in_arena(rows)
+        pool = strides.bases[self.regions, None] + rows.ids * strides.stride_bytes[self.regions, None]
+        return self._plan(arena, pool, np.broadcast_to(self.page_bytes[:, None], arena.shape)).joined()
+
+    def spans(self) -> tuple[Addresses, Addresses]:
+        """By row, the first and the last address in the arena between which its pages lie."""
+        arena = self._in_arena(self.rows)
+        return arena[0].astype(np.uint64), (arena[-1] + self.page_bytes[-1] - 1).astype(np.uint64)
+
+    def runs(self, heads: Numbers, lengths: Numbers, packed: int) -> Plan:
+        """The copies if the other side were not the pool but memory at address `packed`, in which the pages of each of
+        these stretches of rows lie side by side, region after region as in a part. So whole parts are one run."""
+        arena = self._in_arena(self.rows.only(heads)).T
+        sizes = self.page_bytes * lengths[:, None]
+        ends = np.cumsum(sizes).reshape(sizes.shape)
+        return self._plan(arena, packed + ends - sizes, sizes).joined()
+
+    def _in_arena(self, rows: BlockRows) -> Numbers:
+        """Addresses `[regions, rows]`."""
+        of_regions = self.strides.arena_base + self.strides.region_offsets[self.regions, None]
+        return of_regions + rows.offsets + rows.places * self.page_bytes[:, None]
+
+    def _plan(self, arena: Numbers, other: Numbers, sizes: Numbers) -> Plan:
+        of, to = (arena, other) if self.direction is Direction.TO_POOL else (other, arena)
+        return Plan(*(side.ravel().astype(np.uint64) for side in (of, to, sizes)))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvferry.transfer import runs
+from kvferry.transfer import kernels, runs
 from kvferry.transfer.copy import Copier, CopyEngine, mark
 from kvferry.transfer.cuda import PIECE_BYTES, CudaError, Runtime
 from kvferry.transfer.kernels import WORD_BYTES, PageKernel
@@ -153,7 +153,7 @@ def test_the_kernel_s_first_numbers_wait_for_who_had_their_memory() -> None:
     pages = Pages(block_rows([PartBlocks(0, 0, [0])]), strides, Direction.TO_POOL, slice(0, 1))
 
     def move() -> None:
-        with PageKernel(torch.device("cuda", 0)).listed(pages, *of_one, stream) as move:
+        with PageKernel(stream).listed(pages, *of_one) as move:
             move(0, 1, aside.data_ptr())
 
     move()  # compiles the kernel
@@ -170,6 +170,45 @@ def test_the_kernel_s_first_numbers_wait_for_who_had_their_memory() -> None:
     assert not moved.query()
     torch.cuda.synchronize()
     assert bool(pool.all())
+
+
+def test_copies_beside_a_pass_do_not_wait_for_its_end(arena: memoryview) -> None:
+    """As they would if memory were made for them meanwhile. Of more steps than have been under way at once before."""
+    pool = torch.zeros(NUM_LAYERS, 512, 1 << 16, dtype=torch.uint8, device="cuda")
+    layout = read_regions([(pages, (layer,)) for layer, pages in enumerate(pool)], 1, "test")
+    assert isinstance(layout, Layout)
+    copier = Copier(torch.device("cuda", 0), arena)
+    assert copier.cuda is not None
+    assert copier.cuda.pin(30)
+    engine = CopyEngine(layout, copier, 16)
+    parts = [PartBlocks(0, 0, range(16))]
+    for way in Direction:
+        engine.submit(way, parts).wait()  # The buffer is made, the kernel compiled.
+        torch.cuda._sleep(4_000_000_000)
+        busy = mark(torch.cuda.current_stream())
+        copies = [engine.submit(way, parts) for _ in range(40)]
+        copies[-1].wait()
+        assert not busy.query(), "two seconds' sleep"
+        torch.cuda.synchronize()
+    copier.close()
+
+
+def test_numbers_that_are_still_to_be_read_are_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_RING_NUMBERS", 150)
+    choose, stream = random.Random(0), torch.cuda.Stream()
+    ring = kernels._NumberRing(stream)
+    seen: list[tuple[torch.Tensor, int]] = []
+    with torch.cuda.stream(stream):
+        for number in range(1, 400):
+            if choose.random() < 0.2:
+                torch.cuda._sleep(choose.randrange(1, 1_000_000))
+            sent = ring.send(np.full(choose.randrange(1, 60), number))
+            if choose.random() < 0.3:
+                torch.cuda._sleep(choose.randrange(1, 1_000_000))
+            seen.append((sent.sum(), number * sent.numel()))
+            ring.are_in_use_until_now()
+    torch.cuda.synchronize()
+    assert [int(found) for found, _ in seen] == [expected for _, expected in seen]
 
 
 @pytest.mark.parametrize("way", Direction)
@@ -194,8 +233,7 @@ def test_pages_of_all_lengths_are_moved(way: Direction) -> None:
                 in_pool, at = expected[0][start + block * stride :][:size], expected[1][place:][:size]
                 (in_pool if way is Direction.TO_POOL else at)[:] = at if way is Direction.TO_POOL else in_pool
                 place += size
-    stream = torch.cuda.Stream()
-    with PageKernel(torch.device("cuda", 0)).listed(pages, heads, lengths, stream) as move:
+    with PageKernel(torch.cuda.Stream()).listed(pages, heads, lengths) as move:
         for first, end in ((8, 24), (0, 8)):
             move(first, end, aside.data_ptr())
     torch.cuda.synchronize()

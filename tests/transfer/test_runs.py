@@ -37,7 +37,7 @@ class Rig:
         self.buffers: list[np.ndarray] = []
         self.sent: list[int] = []
         self.arrived: list[bool] = []
-        self.mover = LateMover()
+        self.mover = LateMover(self.stream)
         self.way, self.is_load = way, way is Direction.TO_POOL
         self.copies = RunCopies(way, self.wire, self.allocate, self.mover, self.cut, self.send)
 

@@ -50,7 +50,7 @@ class Scene:
         copier._wires = {way: self.device.stream() for way in Direction}
         copier._pieces = SimpleNamespace(cut=lambda plan, _addresses: plan, split=self.split)
         copier._runtime = SimpleNamespace(copy=self.send)
-        copier._kernel = LateMover()
+        copier._kernels = {way: LateMover(stream) for way, stream in copier.streams.items()}
         copier._lock, copier._copy_staged, self.num_staged = threading.Lock(), self.copy_staged, 0
         copier._allocate = self.allocate
         copier._runs = {way: copier._run_copies(way) for way in Direction}

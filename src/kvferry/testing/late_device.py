@@ -140,18 +140,17 @@ class LateCopier:
 class LateMover:
     """Stands for `PageKernel`."""
 
-    can = True
+    def __init__(self, stream: Stream) -> None:
+        self._stream, self.can = stream, True
 
     def can_move(self, _pages: Pages) -> bool:
         return self.can
 
     @contextmanager
-    def listed(
-        self, pages: Pages, heads: Numbers, lengths: Numbers, stream: Stream
-    ) -> Iterator[Callable[[int, int, int], None]]:
+    def listed(self, pages: Pages, heads: Numbers, lengths: Numbers) -> Iterator[Callable[[int, int, int], None]]:
         def enqueue(first: int, end: int, packed: int) -> None:
             for plan in beside(pages, heads, lengths, packed)[first:end]:
-                stream.enqueue(partial(move, plan))
+                self._stream.enqueue(partial(move, plan))
 
         yield enqueue
 

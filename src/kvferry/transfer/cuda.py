@@ -244,7 +244,7 @@ class CudaCopier:
         self._arena_base = arena.data_ptr()
         self._pieces = PinnedPieces(self._runtime, self._arena_base, arena.numel())
         self._device = device
-        self._kernel = PageKernel(device)
+        self._kernels = {way: PageKernel(stream) for way, stream in self.streams.items()}
         self._warming = threading.Thread(target=self._warm, name="kvferry-warm", daemon=True)
         self._warming.start()
         self._lock = threading.Lock()
@@ -257,7 +257,7 @@ class CudaCopier:
             way,
             self._wires[way],
             self._allocate,
-            self._kernel,
+            self._kernels[way],
             lambda plan: self._cut(plan, way),
             lambda plan, wire: self._runtime.copy(plan, way, wire),
         )
@@ -318,7 +318,7 @@ class CudaCopier:
     def _warm(self) -> None:
         try:
             self._runtime.use_device()
-            self._kernel.warm()
+            self._kernels[Direction.TO_POOL].warm()
         except Exception:  # the thread's boundary: who needs the kernel meets it again, and says so
             logger.debug("the kernel could not be compiled yet", exc_info=True)
 

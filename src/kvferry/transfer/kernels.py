@@ -6,7 +6,7 @@ wire. Needs Triton; without it, or where it fails, everything goes to the copy e
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -28,6 +28,8 @@ _WORDS: Final = 1024
 """Eight bytes each: what a program moves at a time, up to eight times of one page, which is a tile."""
 _NUM_WARPS: Final = 4
 _NUM_PROGRAMS: Final = 128
+_RING_NUMBERS: Final = 1 << 20
+"""16 steps of a load of a million pages of 4 KiB, more of larger ones."""
 
 if triton is not None:
     # Numbers are of every kind: none is worth a kernel of its own, compiled while somebody waits.
@@ -69,60 +71,53 @@ if triton is not None:
 
 
 class PageKernel:
-    """Enqueues the kernel on one device. Thread-safe."""
+    """Enqueues the kernel on one stream. Not thread-safe."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._lock = threading.Lock()
-        self._lists: list[_NumberList] = []
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._ring = _NumberRing(stream)
 
     def warm(self) -> None:
         """Compile the kernel before somebody waits: it takes some tenths of a second where Triton has not kept it."""
         if triton is not None:
-            with torch.cuda.stream(torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
-                none = torch.zeros(4, dtype=torch.int64, device=self._device)
+            with torch.cuda.stream(torch.cuda.Stream(self._stream.device)):  # type: ignore[no-untyped-call]
+                none = torch.zeros(4, dtype=torch.int64, device=self._stream.device)
                 for way in Direction:
                     _launch(none, none.data_ptr(), 0, 0, way)
 
     def can_move(self, pages: Pages) -> bool:
-        """Whether there is a kernel, and these pages are of whole words."""
+        """Whether there is a kernel, and these pages are of whole words and not too many."""
         strides = pages.strides
-        return triton is not None and not any(
-            int(np.bitwise_or.reduce(side[pages.regions])) % WORD_BYTES
-            for side in (strides.bases, strides.stride_bytes, strides.page_bytes)
+        is_short = pages.rows.ids.size + pages.page_bytes.size < _RING_NUMBERS // 5
+        return (
+            triton is not None
+            and is_short
+            and not any(
+                int(np.bitwise_or.reduce(side[pages.regions])) % WORD_BYTES
+                for side in (strides.bases, strides.stride_bytes, strides.page_bytes)
+            )
         )
 
     @contextmanager
-    def listed(
-        self, pages: Pages, heads: Numbers, lengths: Numbers, stream: Any
-    ) -> Iterator[Callable[[int, int, int], None]]:
-        """What moves the pages of the rows from the first number up to the second on `stream`, as often as it is called
-        within: between the pool and where `pages.runs` has them, for these stretches and if those of row 0 were at the
-        address given third. Within, `stream` is the current one."""
+    def listed(self, pages: Pages, heads: Numbers, lengths: Numbers) -> Iterator[Callable[[int, int, int], None]]:
+        """What moves the pages of the rows from the first number up to the second, as often as it is called within:
+        between the pool and where `pages.runs` has them, for these stretches and if those of row 0 were at the address
+        given third. Within, the stream is the current one."""
         numbers = _numbers(pages, heads, lengths)
-        # Engines run passes in inference mode, and copies from threads that are not in it: both use the same lists.
-        with torch.inference_mode():
-            with self._lock:
-                numbered = next((each for each in self._lists if each.is_free(numbers.size)), None)
-                if numbered is not None:
-                    self._lists.remove(numbered)
-            if numbered is None:
-                numbered = _NumberList(self._device, numbers.size)
-                after_allocating(stream)
-            sent: list[torch.Tensor] = []
+        sent: list[torch.Tensor] = []
 
-            def move(first: int, end: int, packed: int) -> None:
-                if not sent:  # Not sooner: a load's first bytes would wait for them.
-                    sent.append(numbered.send(numbers))
-                _launch(sent[0], packed, first, end, pages.direction)
+        def move(first: int, end: int, packed: int) -> None:
+            if not sent:  # Not sooner: a load's first bytes would wait for them.
+                sent.append(self._ring.send(numbers))
+            _launch(sent[0], packed, first, end, pages.direction)
 
-            with torch.cuda.stream(stream):
-                try:
-                    yield move
-                finally:
-                    numbered.busy_until(stream)
-                    with self._lock:
-                        self._lists.append(numbered)
+        # Engines run passes in inference mode, and copies from threads that are not in it: both use the same memory.
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            try:
+                yield move
+            finally:
+                if sent:
+                    self._ring.are_in_use_until_now()
 
 
 def _numbers(pages: Pages, heads: Numbers, lengths: Numbers) -> Numbers:
@@ -149,23 +144,35 @@ def after_allocating(stream: Any) -> None:
     stream.wait_stream(torch.cuda.current_stream(stream.device))
 
 
-class _NumberList:
-    """Numbers on the device, and pinned memory to send them from."""
+class _NumberRing:
+    """Numbers on their way to a stream's work: memory on the device, and as much that is pinned to send them from.
 
-    def __init__(self, device: torch.device, num_numbers: int) -> None:
-        capacity = max(1 << 12, 1 << (num_numbers - 1).bit_length())
-        self._host = torch.empty(capacity, dtype=torch.int64, pin_memory=True)
-        self._device = torch.empty(capacity, dtype=torch.int64, device=device)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    Made once, before there are passes: what is enqueued after memory was pinned or made on the device waits for all
+    that was enqueued before, on whatever stream, so that a copy would take as long as a pass.
+    """
 
-    def is_free(self, num_numbers: int) -> bool:
-        return num_numbers <= self._host.numel() and bool(self._event.query())  # type: ignore[no-untyped-call]
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._host = torch.empty(_RING_NUMBERS, dtype=torch.int64, pin_memory=True)
+        self._device = torch.empty(_RING_NUMBERS, dtype=torch.int64, device=stream.device)
+        after_allocating(stream)
+        self._start = self._end = 0
+        """Of what was sent last."""
+        self._in_use: deque[tuple[int, int, Any]] = deque()
+        """Ranges, the oldest first, and events after which nobody reads them."""
 
     def send(self, numbers: Numbers) -> torch.Tensor:
-        """On the current stream."""
-        self._host[: numbers.size].numpy()[:] = numbers
-        return self._device[: numbers.size].copy_(self._host[: numbers.size], non_blocking=True)
+        """On the stream, which is the current one. Waits while there is no room."""
+        self._start = self._end if self._end + numbers.size <= _RING_NUMBERS else 0
+        self._end = self._start + numbers.size
+        while any(start < self._end and self._start < end for start, end, _ in self._in_use):
+            self._in_use.popleft()[-1].synchronize()
+        host, device = self._host[self._start : self._end], self._device[self._start : self._end]
+        host.numpy()[:] = numbers
+        return device.copy_(host, non_blocking=True)
 
-    def busy_until(self, stream: Any) -> None:
-        """What `stream` was given so far uses them."""
-        self._event.record(stream)
+    def are_in_use_until_now(self) -> None:
+        """By what the stream was given since they were sent."""
+        while self._in_use and self._in_use[0][-1].query():
+            self._in_use.popleft()
+        self._in_use.append((self._start, self._end, self._stream.record_event()))

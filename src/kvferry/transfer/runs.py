@@ -33,12 +33,12 @@ _LONG_PAGE_BYTES: Final = 256 << 10
 
 
 class PageMover(Protocol):
-    """What moves pages on the device (`kernels.PageKernel`)."""
+    """What moves pages on the device, on the stream of its direction (`kernels.PageKernel`)."""
 
     def can_move(self, pages: Pages) -> bool: ...
 
     def listed(
-        self, pages: Pages, heads: Numbers, lengths: Numbers, stream: Any
+        self, pages: Pages, heads: Numbers, lengths: Numbers
     ) -> AbstractContextManager[Callable[[int, int, int], None]]: ...
 
 
@@ -102,7 +102,7 @@ class RunCopies:
         if self._seen is not None:
             first.wait_event(self._seen)  # Of a load: the moment in which the copy engine has nothing to do.
         row_bytes, ends = pages.row_bytes, heads + lengths
-        with self._mover.listed(pages, heads, lengths, stream) as move:
+        with self._mover.listed(pages, heads, lengths) as move:
             start = 0
             while start < heads.size:
                 head = int(heads[start])

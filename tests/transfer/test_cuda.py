@@ -211,6 +211,21 @@ def test_numbers_that_are_still_to_be_read_are_not_overwritten(monkeypatch: pyte
     assert [int(found) for found, _ in seen] == [expected for _, expected in seen]
 
 
+def test_the_kernel_is_compiled_before_somebody_waits(arena: memoryview) -> None:
+    """Once for each direction, wherever its numbers lie."""
+    pool = torch.zeros(512, 1 << 16, dtype=torch.uint8, device="cuda")
+    compiled = kernels._move.device_caches[0][0]
+    copier, engine = pinned(pool, arena)
+    assert copier.cuda is not None
+    copier.cuda._warming.join()
+    num_compiled = len(compiled)
+    for num_blocks in (16, 13, 11, 16, 9):  # An odd number of them moves what comes next to an odd place.
+        for way in Direction:
+            engine.submit(way, [PartBlocks(0, 0, range(num_blocks))]).wait()
+    assert len(compiled) == num_compiled == 2
+    copier.close()
+
+
 @pytest.mark.parametrize("way", Direction)
 def test_pages_of_all_lengths_are_moved(way: Direction) -> None:
     """Of several regions, from a word to more than a program moves before it looks for the next page."""

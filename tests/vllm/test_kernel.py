@@ -52,3 +52,11 @@ def test_the_kernel_moves_what_it_is_told_and_nothing_else() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout == "moved\n"
+
+
+def test_the_kernel_is_compiled_once_a_direction_whatever_its_numbers_are() -> None:
+    from kvferry.transfer.kernels import _move
+
+    numbers = [param for param in _move.params if not param.is_constexpr]
+    assert [param.name for param in numbers] == ["numbers", "packed", "first", "end"]
+    assert all(param.do_not_specialize for param in numbers)

@@ -32,8 +32,8 @@ _RING_NUMBERS: Final = 1 << 20
 """16 steps of a load of a million pages of 4 KiB, more of larger ones."""
 
 if triton is not None:
-    # Numbers are of every kind: none is worth a kernel of its own, compiled while somebody waits.
-    @triton.jit(do_not_specialize=["packed", "first", "end"])  # type: ignore[untyped-decorator]
+    # Numbers are of every kind, and lie anywhere: none is worth a kernel of its own, compiled while somebody waits.
+    @triton.jit(do_not_specialize=["numbers", "packed", "first", "end"])  # type: ignore[untyped-decorator]
     def _move(numbers, packed, first, end, IS_LOAD: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
         num_rows = tl.load(numbers)
         num_regions = tl.load(numbers + 1)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kvferry.testing.late_device import LateDevice, LateMover, Stream
-from kvferry.transfer import runs
+from kvferry.transfer import kernels, runs
 from kvferry.transfer.cuda import CudaCopier
 from kvferry.transfer.host import move
 from kvferry.transfer.plan import Addresses, Direction, Pages, PartBlocks, Plan, Strides, block_rows
@@ -113,3 +113,20 @@ def test_copies_end_where_the_last_call_says_whatever_way_each_took(monkeypatch:
         ends["staged"] += scene.num_staged
         ends["broken"] += not scene.copier._runs[scene.way]._works
     assert all(ends.values()), "each was met"
+
+
+def test_where_the_kernel_has_no_memory_it_moves_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(_stream: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(kernels, "triton", object())
+    monkeypatch.setattr(kernels, "_NumberRing", no_memory)
+    scene = Scene(0)
+    kernel = kernels.PageKernel(scene.copier.streams[scene.way])
+    kernel.warm()
+    assert not any(map(kernel.can_move, scene.jobs))
+    assert [record.message for record in caplog.records] == [
+        "pages are copied one by one, which is slower: out of memory"
+    ]

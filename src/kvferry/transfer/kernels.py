@@ -6,6 +6,7 @@ wire. Needs Triton; without it, or where it fails, everything goes to the copy e
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
+
+logger = logging.getLogger(__name__)
 
 WORD_BYTES: Final = 16
 """What one thread moves at a time; pages that are no multiple of it are left to the copy engines."""
@@ -75,11 +78,16 @@ class PageKernel:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._ring = _NumberRing(stream)
+        self._ring: _NumberRing | None = None
+        if triton is not None:
+            try:
+                self._ring = _NumberRing(stream)
+            except RuntimeError as error:  # no memory
+                logger.warning("pages are copied one by one, which is slower: %s", error)
 
     def warm(self) -> None:
         """Compile the kernel before somebody waits: it takes some tenths of a second where Triton has not kept it."""
-        if triton is not None:
+        if self._ring is not None:
             with torch.cuda.stream(torch.cuda.Stream(self._stream.device)):  # type: ignore[no-untyped-call]
                 none = torch.zeros(4, dtype=torch.int64, device=self._stream.device)
                 for way in Direction:
@@ -90,7 +98,7 @@ class PageKernel:
         strides = pages.strides
         is_short = pages.rows.ids.size + pages.page_bytes.size < _RING_NUMBERS // 5
         return (
-            triton is not None
+            self._ring is not None
             and is_short
             and not any(
                 int(np.bitwise_or.reduce(side[pages.regions])) % WORD_BYTES
@@ -103,12 +111,13 @@ class PageKernel:
         """What moves the pages of the rows from the first number up to the second, as often as it is called within:
         between the pool and where `pages.runs` has them, for these stretches and if those of row 0 were at the address
         given third. Within, the stream is the current one."""
-        numbers = _numbers(pages, heads, lengths)
+        ring, numbers = self._ring, _numbers(pages, heads, lengths)
+        assert ring is not None, "`can_move` is false"
         sent: list[torch.Tensor] = []
 
         def move(first: int, end: int, packed: int) -> None:
             if not sent:  # Not sooner: a load's first bytes would wait for them.
-                sent.append(self._ring.send(numbers))
+                sent.append(ring.send(numbers))
             _launch(sent[0], packed, first, end, pages.direction)
 
         # Engines run passes in inference mode, and copies from threads that are not in it: both use the same memory.
@@ -117,7 +126,7 @@ class PageKernel:
                 yield move
             finally:
                 if sent:
-                    self._ring.are_in_use_until_now()
+                    ring.are_in_use_until_now()
 
 
 def _numbers(pages: Pages, heads: Numbers, lengths: Numbers) -> Numbers:

@@ -75,6 +75,37 @@ def test_a_layer_can_be_used_once_it_was_waited_for(monkeypatch: pytest.MonkeyPa
     assert was_early, "the first layers are used while the last are under way"
 
 
+@pytest.mark.parametrize(
+    ("step_bytes", "run_bytes", "steps"),
+    [
+        (1, 1, [1, 1, 1, 1, 1]),
+        (1 << 20, 1, [5]),
+        (8 * 4 * PAGE_BYTES, 1, [1, 4]),
+        (1, 4 * PAGE_BYTES + 1, [2, 2, 1]),
+        (1, 1 << 20, [5]),
+    ],
+    ids=["small steps", "large ones", "a small one before larger ones", "short runs", "runs that are never long"],
+)
+def test_steps_are_of_all_regions_once(
+    step_bytes: int, run_bytes: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A region of this copy, and of a part, is four pages."""
+
+    class Noting(LateCopier):
+        def copy(self, pages: Pages) -> Stream:
+            regions.append(range(NUM_LAYERS)[pages.regions])
+            return super().copy(pages)
+
+    scene, regions = Scene(0, monkeypatch), list[range]()
+    monkeypatch.setattr(copy_module, "_STEP_BYTES", step_bytes)
+    monkeypatch.setattr(copy_module, "_RUN_BYTES", run_bytes)
+    scene.copier.cuda = Noting(scene.device)  # type: ignore[assignment]
+    scene.engine.submit(Direction.TO_POOL, scene.parts).wait()
+    assert [len(of_step) for of_step in regions] == steps
+    assert [region for of_step in regions for region in of_step] == [*range(NUM_LAYERS)]
+    scene.copier.close()
+
+
 @pytest.mark.parametrize("way", Direction)
 def test_a_submission_that_breaks_off_leaves_nothing_under_way(way: Direction, monkeypatch: pytest.MonkeyPatch) -> None:
     class Breaking(LateCopier):

@@ -24,8 +24,15 @@ PART_BYTES = BLOCKS_PER_PART * int(PAGE_BYTES.sum())
 class Rig:
     """Three regions, whose pages lie anywhere in the pool. A piece holds a part of all of them, or several of one."""
 
-    def __init__(self, seed: int, monkeypatch: pytest.MonkeyPatch, way: Direction = Direction.TO_POOL) -> None:
-        monkeypatch.setattr(runs, "PIECE_BYTES", 640)
+    def __init__(
+        self,
+        seed: int,
+        monkeypatch: pytest.MonkeyPatch,
+        way: Direction = Direction.TO_POOL,
+        piece_bytes: int = 640,
+    ) -> None:
+        # A part of all regions is 512 bytes: longer than a piece, exactly as long, or shorter.
+        monkeypatch.setattr(runs, "PIECE_BYTES", piece_bytes)
         self.edge_bytes = 512  # The driver takes no copy from one such piece of the arena to another.
         self.choose = random.Random(seed)
         self.device = LateDevice(self.choose)
@@ -97,7 +104,7 @@ class Rig:
 
 def test_pages_arrive_whatever_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(80):
-        rig = Rig(seed, monkeypatch)
+        rig = Rig(seed, monkeypatch, piece_bytes=[420, 512, 640, 1100][seed % 4])
         rng = np.random.default_rng(seed)
         for _ in range(4):
             rig.stream.synchronize()
@@ -115,7 +122,7 @@ def test_pages_arrive_whatever_goes_first(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_pages_are_saved_whatever_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(80):
-        rig = Rig(seed, monkeypatch, Direction.FROM_POOL)
+        rig = Rig(seed, monkeypatch, Direction.FROM_POOL, piece_bytes=[512, 640, 1100][seed % 3])
         rng = np.random.default_rng(seed)
         for _ in range(4):
             rig.wire.synchronize()

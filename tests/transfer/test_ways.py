@@ -22,6 +22,7 @@ from kvferry.transfer.plan import Addresses, Direction, Pages, PartBlocks, Plan,
 
 NUM_BLOCKS, NUM_SLOTS, BLOCKS_PER_PART = 90, 24, 4
 PAGE_BYTES = np.array([16, 64, 48])
+EDGE_BYTES = 400
 PART_BYTES = BLOCKS_PER_PART * int(PAGE_BYTES.sum())
 
 
@@ -48,7 +49,7 @@ class Scene:
         self.copier = copier = object.__new__(CudaCopier)
         copier.streams = {way: self.device.stream() for way in Direction}
         copier._wires = {way: self.device.stream() for way in Direction}
-        copier._pieces = SimpleNamespace(cut=lambda plan, _addresses: plan, split=self.split)
+        copier._pieces = SimpleNamespace(cut=self.cut, split=self.split)
         copier._runtime = SimpleNamespace(copy=self.send)
         copier._kernels = {way: LateMover(stream) for way, stream in copier.streams.items()}
         copier._lock, copier._copy_staged, self.num_staged = threading.Lock(), self.copy_staged, 0
@@ -62,6 +63,10 @@ class Scene:
         share = self.choose.choice([1, 1, 0.8])
         return np.array([self.choose.random() < share for _ in firsts])
 
+    def cut(self, plan: Plan, addresses: Addresses) -> Plan:
+        assert np.array_equal(addresses, plan.in_arena(self.way))
+        return plan.cut_at_edges(addresses, self.arena.ctypes.data, EDGE_BYTES)
+
     def copy_staged(self, plan: Plan, _way: Direction, stream: Stream) -> None:
         self.num_staged += 1
         stream.enqueue(partial(move, plan))
@@ -71,6 +76,9 @@ class Scene:
         return self.buffers[-1].ctypes.data
 
     def send(self, plan: Plan, way: Direction, stream: Stream) -> None:
+        assert len(self.cut(plan, plan.in_arena(way)).sizes) == len(plan.sizes), (
+            "the driver refuses what crosses an edge"
+        )
         if stream is self.copier._wires[way]:
             self.num_sends_left -= 1
             if self.num_sends_left == 0:

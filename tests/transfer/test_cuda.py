@@ -68,6 +68,7 @@ def test_bytes_stay_right_while_the_device_computes(
     num_slots = min(NUM_SLOTS, len(arena) // part_bytes)
     copier = Copier(torch.device("cuda", 0), arena)
     assert copier.cuda is not None
+    copier.cuda.wait_until_warm()
     monkeypatch.setattr(runs, "PIECE_BYTES", chooser.choice([1 << 18, runs.PIECE_BYTES]))
     if not is_in_runs:
         copier.cuda._runs = dict.fromkeys(Direction, Never())  # type: ignore[arg-type]
@@ -217,7 +218,6 @@ def test_the_kernel_is_compiled_before_somebody_waits(arena: memoryview) -> None
     compiled = kernels._move.device_caches[0][0]
     copier, engine = pinned(pool, arena)
     assert copier.cuda is not None
-    copier.cuda._warming.join()
     num_compiled = len(compiled)
     for num_blocks in (16, 13, 11, 16, 9):  # An odd number of them moves what comes next to an odd place.
         for way in Direction:

@@ -81,7 +81,7 @@ def test_a_layer_can_be_used_once_it_was_waited_for(monkeypatch: pytest.MonkeyPa
         (1, 1, [1, 1, 1, 1, 1]),
         (1 << 20, 1, [5]),
         (8 * 4 * PAGE_BYTES, 1, [1, 4]),
-        (1, 4 * PAGE_BYTES + 1, [2, 2, 1]),
+        (1, 4 * PAGE_BYTES + 1, [2, 3]),
         (1, 1 << 20, [5]),
     ],
     ids=["small steps", "large ones", "a small one before larger ones", "short runs", "runs that are never long"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from functools import partial
@@ -189,15 +190,17 @@ def test_the_wire_is_idle_for_a_moment_between_two_loads(num_parts: int, monkeyp
     assert all(seen)
 
 
-def test_long_pages_are_saved_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("are_lone", [False, True], ids=["in runs", "lone"])
+def test_long_pages_are_saved_as_they_are_and_loaded_in_pieces(are_lone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While they are loaded others wait for the wire, which is idle for a moment between pieces."""
     monkeypatch.setattr(runs, "_LONG_PAGE_BYTES", 64)
-    for way, region, is_made in (
-        (Direction.TO_POOL, 1, True),
-        (Direction.FROM_POOL, 1, False),
-        (Direction.FROM_POOL, 2, True),
-    ):
-        rig = Rig(0, monkeypatch, way)
-        assert (rig.copies.copy(rig.pages(8, regions=slice(region, region + 1)), rig.stream) is not None) == is_made
+    for way, region in itertools.product(Direction, (1, 2)):
+        rig, is_long = Rig(0, monkeypatch, way), region == 1
+        pages = rig.pages(8, are_whole=True, regions=slice(region, region + 1))
+        if are_lone:
+            pages = pages.only(pages.rows.places == 0)
+        is_made = rig.copies.copy(pages, rig.stream) is not None
+        assert is_made == (way is Direction.TO_POOL if is_long else not are_lone)
 
 
 @pytest.mark.parametrize("way", Direction)

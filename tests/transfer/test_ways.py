@@ -133,7 +133,7 @@ def test_where_the_kernel_has_no_memory_it_moves_nothing(
     monkeypatch.setattr(kernels, "_NumberRing", no_memory)
     scene = Scene(0)
     kernel = kernels.PageKernel(scene.copier.streams[scene.way])
-    kernel.warm()
+    kernel.warm(scene.way)
     assert not any(map(kernel.can_move, scene.jobs))
     assert [record.message for record in caplog.records] == [
         "pages are copied one by one, which is slower: out of memory"

@@ -127,7 +127,7 @@ class CopyEngine:
         first, a_step = (
             max(fewest, int(num_bytes / region_bytes)) for num_bytes in (_STEP_BYTES // _FIRST_SHARE, _STEP_BYTES)
         )
-        edges = range(first, len(regions), a_step)
+        edges = range(first, len(regions) - fewest + 1, a_step)
         try:
             for which in itertools.starmap(slice, itertools.pairwise([0, *edges, len(regions)])):
                 last = copier.copy(Pages(rows, self._strides, direction, which))
@@ -169,6 +169,8 @@ def self_test(layout: Layout) -> bool:
     scratch = bytearray(len(expected))
     copier = Copier(layout.device, memoryview(scratch))
     engine = CopyEngine(layout, copier, len(ids))
+    if copier.cuda is not None:
+        copier.cuda.wait_until_warm()  # so that what is tested is what copies later
     try:
         _write(layout, ids, patterns)
         engine.submit(Direction.FROM_POOL, [PartBlocks(0, 0, ids)], _now(layout)).wait()

@@ -245,6 +245,7 @@ class CudaCopier:
         self._pieces = PinnedPieces(self._runtime, self._arena_base, arena.numel())
         self._device = device
         self._kernels = {way: PageKernel(stream) for way, stream in self.streams.items()}
+        self._log = OnceLog(logger)
         self._warming = threading.Thread(target=self._warm, name="kvferry-warm", daemon=True)
         self._warming.start()
         self._lock = threading.Lock()
@@ -296,11 +297,15 @@ class CudaCopier:
         self._warming.join()
         self.synchronize()
         self._pieces.close()
+        # Their memory is free at once: this and its runs know each other, so that only the collector would find it.
         self._stages.clear()
         self._buffers.clear()
+        self._runs.clear()
+        self._kernels.clear()
 
     def pin(self, seconds: float) -> bool:
         """Register the whole arena now; for benchmarks and tests. False: it took longer."""
+        self.wait_until_warm()
         self._pieces.want(list(range(len(self._pieces))))
         return self._pieces.wait(seconds)
 
@@ -315,12 +320,17 @@ class CudaCopier:
     def _cut(self, plan: Plan, way: Direction) -> Plan:
         return self._pieces.cut(plan, plan.in_arena(way))
 
+    def wait_until_warm(self) -> None:
+        """Until then pages are copied one by one."""
+        self._warming.join()
+
     def _warm(self) -> None:
         try:
             self._runtime.use_device()
-            self._kernels[Direction.TO_POOL].warm()
-        except Exception:  # the thread's boundary: who needs the kernel meets it again, and says so
-            logger.debug("the kernel could not be compiled yet", exc_info=True)
+            for way, kernel in self._kernels.items():
+                kernel.warm(way)
+        except Exception as error:  # noqa: BLE001 - the thread's boundary; compilers raise what they like
+            self._log.warn("warm", "pages are copied one by one, which is slower: %r", error)
 
     def _copy_staged(self, plan: Plan, direction: Direction, stream: Any) -> None:
         """Through two pinned buffers in turn."""

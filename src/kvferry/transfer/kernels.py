@@ -32,7 +32,8 @@ _WORDS: Final = 1024
 _NUM_WARPS: Final = 4
 _NUM_PROGRAMS: Final = 128
 _RING_NUMBERS: Final = 1 << 20
-"""16 steps of a load of a million pages of 4 KiB, more of larger ones."""
+"""Of all steps under way, which need three for each of their blocks: 131,072 tokens in blocks of 16, if 256 MiB are one
+region of them. Who sends more waits."""
 
 if triton is not None:
     # Numbers are of every kind, and lie anywhere: none is worth a kernel of its own, compiled while somebody waits.
@@ -79,26 +80,27 @@ class PageKernel:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._ring: _NumberRing | None = None
+        self._is_warm = False
         if triton is not None:
             try:
                 self._ring = _NumberRing(stream)
             except RuntimeError as error:  # no memory
                 logger.warning("pages are copied one by one, which is slower: %s", error)
 
-    def warm(self) -> None:
+    def warm(self, way: Direction) -> None:
         """Compile the kernel before somebody waits: it takes some tenths of a second where Triton has not kept it."""
         if self._ring is not None:
             with torch.cuda.stream(torch.cuda.Stream(self._stream.device)):  # type: ignore[no-untyped-call]
                 none = torch.zeros(4, dtype=torch.int64, device=self._stream.device)
-                for way in Direction:
-                    _launch(none, none.data_ptr(), 0, 0, way)
+                _launch(none, none.data_ptr(), 0, 0, way)
+            self._is_warm = True
 
     def can_move(self, pages: Pages) -> bool:
-        """Whether there is a kernel, and these pages are of whole words and not too many."""
+        """Whether the kernel is compiled, and these pages are of whole words and not too many."""
         strides = pages.strides
         is_short = pages.rows.ids.size + pages.page_bytes.size < _RING_NUMBERS // 5
         return (
-            self._ring is not None
+            self._is_warm
             and is_short
             and not any(
                 int(np.bitwise_or.reduce(side[pages.regions])) % WORD_BYTES

@@ -80,11 +80,12 @@ class RunCopies:
         row_bytes = pages.row_bytes
         if not (self._works and pages.rows.ids.size and row_bytes <= PIECE_BYTES and self._mover.can_move(pages)):
             return None
-        if not self._is_load and row_bytes >= pages.page_bytes.size * _LONG_PAGE_BYTES:
+        are_long = row_bytes >= pages.page_bytes.size * _LONG_PAGE_BYTES
+        if are_long and not self._is_load:
             return None  # As they are, they are long enough, and hardly anybody waits for the wire that way.
         heads, lengths = pages.rows.stretches(PIECE_BYTES // row_bytes)
         num_runs = np.where(lengths == pages.strides.blocks_per_part, 1, pages.page_bytes.size).sum()
-        if num_runs * 2 > pages.rows.ids.size * pages.page_bytes.size:
+        if not are_long and num_runs * 2 > pages.rows.ids.size * pages.page_bytes.size:
             return None
         with self._lock:
             try:

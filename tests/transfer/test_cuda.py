@@ -184,7 +184,7 @@ def test_copies_beside_a_pass_do_not_wait_for_its_end(arena: memoryview) -> None
     engine = CopyEngine(layout, copier, 16)
     parts = [PartBlocks(0, 0, range(16))]
     for way in Direction:
-        engine.submit(way, parts).wait()  # The buffer is made, the kernel compiled.
+        engine.submit(way, parts).wait()  # What is loaded at first use is there.
         torch.cuda._sleep(4_000_000_000)
         busy = mark(torch.cuda.current_stream())
         copies = [engine.submit(way, parts) for _ in range(40)]

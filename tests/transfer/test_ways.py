@@ -5,6 +5,7 @@ The copier is `CudaCopier` without its device: what it would enqueue there moves
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvferry.observability.log import OnceLog
 from kvferry.testing.late_device import LateDevice, LateMover, Stream
 from kvferry.transfer import kernels, runs
 from kvferry.transfer.cuda import CudaCopier
@@ -50,11 +52,18 @@ class Scene:
         copier.streams = {way: self.device.stream() for way in Direction}
         copier._wires = {way: self.device.stream() for way in Direction}
         copier._pieces = SimpleNamespace(cut=self.cut, split=self.split)
-        copier._runtime = SimpleNamespace(copy=self.send)
+        copier._runtime = SimpleNamespace(copy=self.send, use_device=lambda: None)
+        copier._make_stages = lambda: None
         copier._kernels = {way: LateMover(stream) for way, stream in copier.streams.items()}
-        copier._lock, copier._copy_staged, self.num_staged = threading.Lock(), self.copy_staged, 0
+        copier._log, copier._lock, copier._copy_staged, self.num_staged = (
+            OnceLog(logging.getLogger(__name__)),
+            threading.Lock(),
+            self.copy_staged,
+            0,
+        )
         copier._allocate = self.allocate
         copier._runs = {way: copier._run_copies(way) for way in Direction}
+        copier._warm()
         self.jobs = [self.pages(at) for at in range(3)]
 
     def split(self, firsts: Addresses, lasts: Addresses) -> np.ndarray:
@@ -119,22 +128,35 @@ def test_copies_end_where_the_last_call_says_whatever_way_each_took(monkeypatch:
         assert all(map(scene.has_arrived, scene.jobs)), seed
         ends["wire"] += last is scene.copier._wires[scene.way]
         ends["staged"] += scene.num_staged
-        ends["broken"] += not scene.copier._runs[scene.way]._works
+        ends["broken"] += scene.copier._runs[scene.way]._buffer is None
     assert all(ends.values()), "each was met"
 
 
-def test_where_the_kernel_has_no_memory_it_moves_nothing(
+def without_memory(*_: Any) -> Any:
+    raise RuntimeError("out of memory")
+
+
+def test_where_the_kernel_has_no_memory_pages_are_copied_one_by_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def no_memory(_stream: Any) -> None:
-        raise RuntimeError("out of memory")
-
     monkeypatch.setattr(kernels, "triton", object())
-    monkeypatch.setattr(kernels, "_NumberRing", no_memory)
+    monkeypatch.setattr(kernels, "_NumberRing", without_memory)
     scene = Scene(0)
-    kernel = kernels.PageKernel(scene.copier.streams[scene.way])
-    kernel.warm(scene.way)
-    assert not any(map(kernel.can_move, scene.jobs))
+    assert not kernels.PageKernel(scene.copier.streams[scene.way]).warm(scene.way)
     assert [record.message for record in caplog.records] == [
         "pages are copied one by one, which is slower: out of memory"
+    ]
+
+
+def test_until_there_is_a_buffer_pages_are_copied_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Scene, "allocate", without_memory)
+    scene = Scene(0)
+    for pages in scene.jobs:
+        scene.copier.copy(pages).synchronize()
+        assert scene.has_arrived(pages)
+    assert not scene.copier._wires[scene.way].work
+    assert [record.message for record in caplog.records] == [
+        "pages are copied one by one, which is slower: RuntimeError('out of memory')"
     ]

@@ -143,6 +143,9 @@ class LateMover:
     def __init__(self, stream: Stream) -> None:
         self._stream, self.can = stream, True
 
+    def warm(self, _way: Direction) -> bool:
+        return True
+
     def can_move(self, _pages: Pages) -> bool:
         return self.can
 

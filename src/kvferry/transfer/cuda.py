@@ -246,12 +246,12 @@ class CudaCopier:
         self._device = device
         self._kernels = {way: PageKernel(stream) for way, stream in self.streams.items()}
         self._log = OnceLog(logger)
-        self._warming = threading.Thread(target=self._warm, name="kvferry-warm", daemon=True)
-        self._warming.start()
         self._lock = threading.Lock()
         self._stages: list[tuple[torch.Tensor, Any]] = []
         self._buffers: list[torch.Tensor] = []
         self._runs = {way: self._run_copies(way) for way in Direction}
+        self._warming = threading.Thread(target=self._warm, name="kvferry-warm", daemon=True)
+        self._warming.start()
 
     def _run_copies(self, way: Direction) -> RunCopies:
         return RunCopies(
@@ -327,15 +327,21 @@ class CudaCopier:
     def _warm(self) -> None:
         try:
             self._runtime.use_device()
-            for way, kernel in self._kernels.items():
-                kernel.warm(way)
+            with self._lock:
+                self._make_stages()
+            for runs in self._runs.values():
+                runs.warm()
         except Exception as error:  # noqa: BLE001 - the thread's boundary; compilers raise what they like
             self._log.warn("warm", "pages are copied one by one, which is slower: %r", error)
 
-    def _copy_staged(self, plan: Plan, direction: Direction, stream: Any) -> None:
-        """Through two pinned buffers in turn."""
+    def _make_stages(self) -> None:
+        """If there are none yet. Within the lock."""
         if not self._stages:
             self._stages = [(torch.empty(_STAGE_BYTES, dtype=torch.uint8, pin_memory=True), _event()) for _ in range(2)]
+
+    def _copy_staged(self, plan: Plan, direction: Direction, stream: Any) -> None:
+        """Through two pinned buffers in turn."""
+        self._make_stages()
         for turn, share in enumerate(plan.split(-(-plan.num_bytes // _STAGE_BYTES))):
             stage, free = self._stages[turn % 2]
             free.synchronize()

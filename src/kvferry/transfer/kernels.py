@@ -80,33 +80,27 @@ class PageKernel:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._ring: _NumberRing | None = None
-        self._is_warm = False
         if triton is not None:
             try:
                 self._ring = _NumberRing(stream)
             except RuntimeError as error:  # no memory
                 logger.warning("pages are copied one by one, which is slower: %s", error)
 
-    def warm(self, way: Direction) -> None:
-        """Compile the kernel before somebody waits: it takes some tenths of a second where Triton has not kept it."""
-        if self._ring is not None:
-            with torch.cuda.stream(torch.cuda.Stream(self._stream.device)):  # type: ignore[no-untyped-call]
-                none = torch.zeros(4, dtype=torch.int64, device=self._stream.device)
-                _launch(none, none.data_ptr(), 0, 0, way)
-            self._is_warm = True
+    def warm(self, way: Direction) -> bool:
+        """Compile the kernel before somebody waits: it takes some tenths of a second where Triton has not kept it.
+        False: there is none, or no memory for it."""
+        if self._ring is None:
+            return False
+        with torch.cuda.stream(torch.cuda.Stream(self._stream.device)):  # type: ignore[no-untyped-call]
+            none = torch.zeros(4, dtype=torch.int64, device=self._stream.device)
+            _launch(none, none.data_ptr(), 0, 0, way)
+        return True
 
     def can_move(self, pages: Pages) -> bool:
-        """Whether the kernel is compiled, and these pages are of whole words and not too many."""
-        strides = pages.strides
+        """Whether these pages are of whole words, and not too many."""
+        sides = (pages.strides.bases, pages.strides.stride_bytes, pages.strides.page_bytes)
         is_short = pages.rows.ids.size + pages.page_bytes.size < _RING_NUMBERS // 5
-        return (
-            self._is_warm
-            and is_short
-            and not any(
-                int(np.bitwise_or.reduce(side[pages.regions])) % WORD_BYTES
-                for side in (strides.bases, strides.stride_bytes, strides.page_bytes)
-            )
-        )
+        return is_short and not any(int(np.bitwise_or.reduce(side[pages.regions])) % WORD_BYTES for side in sides)
 
     @contextmanager
     def listed(self, pages: Pages, heads: Numbers, lengths: Numbers) -> Iterator[Callable[[int, int, int], None]]:
@@ -114,7 +108,7 @@ class PageKernel:
         between the pool and where `pages.runs` has them, for these stretches and if those of row 0 were at the address
         given third. Within, the stream is the current one."""
         ring, numbers = self._ring, _numbers(pages, heads, lengths)
-        assert ring is not None, "`can_move` is false"
+        assert ring is not None, "`warm` returned true"
         sent: list[torch.Tensor] = []
 
         def move(first: int, end: int, packed: int) -> None:

@@ -35,6 +35,8 @@ _LONG_PAGE_BYTES: Final = 256 << 10
 class PageMover(Protocol):
     """What moves pages on the device, on the stream of its direction (`kernels.PageKernel`)."""
 
+    def warm(self, way: Direction) -> bool: ...
+
     def can_move(self, pages: Pages) -> bool: ...
 
     def listed(
@@ -64,21 +66,28 @@ class RunCopies:
         self._allocate, self._mover = allocate, mover
         self._cut, self._send = cut, send
         self._buffer: int | None = None
+        """None: there is none yet, or this way has failed."""
         self._num_pieces = 0
         """So far; they take turns with the halves of the buffer."""
         self._left: list[Any] = [None, None]
         """Events by half of the buffer: it is free again. None: it was never used."""
         self._seen: Any = None
         """An event of the stream that a piece goes to second: the last one has left the first."""
-        self._works = True
         self._log = OnceLog(logger)
         self._lock = threading.Lock()
+
+    def warm(self) -> None:
+        """Make what these copies need, before there are passes that would be held up; until then none is made so."""
+        if self._mover.warm(self._direction):
+            self._buffer = self._allocate(2 * PIECE_BYTES)
 
     def copy(self, pages: Pages, stream: Any) -> Any:
         """The stream with whose work so far these copies end, if they are made this way, else None. They come after
         what `stream` was given so far, as far as the pool is concerned."""
         row_bytes = pages.row_bytes
-        if not (self._works and pages.rows.ids.size and row_bytes <= PIECE_BYTES and self._mover.can_move(pages)):
+        if self._buffer is None or not (pages.rows.ids.size and row_bytes <= PIECE_BYTES):
+            return None
+        if not self._mover.can_move(pages):
             return None
         are_long = row_bytes >= pages.page_bytes.size * _LONG_PAGE_BYTES
         if are_long and not self._is_load:
@@ -89,16 +98,14 @@ class RunCopies:
             return None
         with self._lock:
             try:
-                return self._copy(pages, heads, lengths, stream) if self._works else None
+                return self._copy(self._buffer, pages, heads, lengths, stream) if self._buffer is not None else None
             except Exception as error:  # noqa: BLE001 - compilers and allocators raise what they like
-                self._works = False
+                self._buffer = None
                 way = self._direction.value
                 self._log.warn("runs", "%s: pages are copied one by one, which is slower: %r", way, error)
                 return None
 
-    def _copy(self, pages: Pages, heads: Numbers, lengths: Numbers, stream: Any) -> Any:
-        if self._buffer is None:
-            self._buffer = self._allocate(2 * PIECE_BYTES)
+    def _copy(self, buffer: int, pages: Pages, heads: Numbers, lengths: Numbers, stream: Any) -> Any:
         first, second = (self._wire, stream) if self._is_load else (stream, self._wire)
         if self._seen is not None:
             first.wait_event(self._seen)  # Of a load: the moment in which the copy engine has nothing to do.
@@ -109,7 +116,7 @@ class RunCopies:
                 head = int(heads[start])
                 stop = int(np.searchsorted(ends, head + PIECE_BYTES // row_bytes, side="right"))
                 half, self._num_pieces = self._num_pieces % 2, self._num_pieces + 1
-                packed = self._buffer + half * PIECE_BYTES
+                packed = buffer + half * PIECE_BYTES
                 runs = self._cut(pages.runs(heads[start:stop], lengths[start:stop], packed))
                 send = partial(self._send, runs, self._wire)
                 place = partial(move, head, int(ends[stop - 1]), packed - head * row_bytes)

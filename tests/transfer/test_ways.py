@@ -5,9 +5,11 @@ The copier is `CudaCopier` without its device: what it would enqueue there moves
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import threading
+import weakref
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -165,3 +167,16 @@ def test_until_there_is_a_buffer_pages_are_copied_one_by_one(
     assert [record.message for record in caplog.records] == [
         "pages are copied one by one, which is slower: RuntimeError('out of memory')"
     ]
+
+
+def test_what_is_closed_gives_its_memory_back_at_once() -> None:
+    copier = Scene(0).copier
+    copier._warming, copier._pieces = SimpleNamespace(join=lambda: None), SimpleNamespace(close=lambda: None)
+    copier._all_streams, copier._stages, copier._buffers = (), [], []
+    movers = [weakref.ref(mover) for mover in copier._kernels.values()]
+    gc.disable()  # Nobody but the collector would find what knows itself.
+    try:
+        copier.close()
+        assert not any(mover() for mover in movers)
+    finally:
+        gc.enable()

@@ -109,7 +109,7 @@ def test_a_way_that_fails_is_replaced_by_the_next_and_named_once(
     def fail(*_: object) -> None:
         raise CudaError("out of order")
 
-    way = {"batch": (Runtime, "_copy_batch"), "kernel": (PageKernel, "listed"), "register": (Runtime, "register")}
+    way = {"batch": (Runtime, "_copy_batch"), "kernel": (PageKernel, "moving"), "register": (Runtime, "register")}
     way["runs"] = (RunCopies, "_copy")
     monkeypatch.setattr(*way[broken], fail)
     pool = torch.randint(0, 255, (64, 1 << 16), dtype=torch.uint8, device="cuda")
@@ -154,7 +154,7 @@ def test_the_kernel_s_first_numbers_wait_for_who_had_their_memory() -> None:
     pages = Pages(block_rows([PartBlocks(0, 0, [0])]), strides, Direction.TO_POOL, slice(0, 1))
 
     def move() -> None:
-        with PageKernel(stream).listed(pages, *of_one) as move:
+        with PageKernel(stream).moving(pages, *of_one) as move:
             move(0, 1, aside.data_ptr())
 
     move()  # compiles the kernel
@@ -248,7 +248,7 @@ def test_pages_of_all_lengths_are_moved(way: Direction) -> None:
                 in_pool, at = expected[0][start + block * stride :][:size], expected[1][place:][:size]
                 (in_pool if way is Direction.TO_POOL else at)[:] = at if way is Direction.TO_POOL else in_pool
                 place += size
-    with PageKernel(torch.cuda.Stream()).listed(pages, heads, lengths) as move:
+    with PageKernel(torch.cuda.Stream()).moving(pages, heads, lengths) as move:
         for first, end in ((8, 24), (0, 8)):
             move(first, end, aside.data_ptr())
     torch.cuda.synchronize()

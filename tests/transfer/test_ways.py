@@ -6,7 +6,6 @@ The copier is `CudaCopier` without its device: what it would enqueue there moves
 from __future__ import annotations
 
 import gc
-import logging
 import random
 import threading
 import weakref
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvferry.observability.log import OnceLog
 from kvferry.testing.late_device import LateDevice, LateMover, Stream
 from kvferry.transfer import cuda, kernels, runs
 from kvferry.transfer.cuda import CudaCopier, PinnedPieces
@@ -57,15 +55,9 @@ class Scene:
         copier._pieces = self.pieces()
         copier._runtime = SimpleNamespace(copy=self.send, use_device=lambda: None)
         copier._make_stages = lambda: None
-        copier._kernels = {way: LateMover(stream) for way, stream in copier.streams.items()}
-        copier._log, copier._lock, copier._copy_staged, self.num_staged = (
-            OnceLog(logging.getLogger(__name__)),
-            threading.Lock(),
-            self.copy_staged,
-            0,
-        )
+        copier._lock, copier._copy_staged, self.num_staged = threading.Lock(), self.copy_staged, 0
         copier._allocate = self.allocate
-        copier._runs = {way: copier._run_copies(way) for way in Direction}
+        copier._runs = {way: copier._run_copies(way, LateMover(stream)) for way, stream in copier.streams.items()}
         copier._warm()
         self.jobs = [self.pages(at) for at in range(3)]
 
@@ -173,7 +165,7 @@ def test_what_is_closed_gives_its_memory_back_at_once() -> None:
     copier = Scene(0).copier
     copier._warming, copier._pieces = SimpleNamespace(join=lambda: None), SimpleNamespace(close=lambda: None)
     copier._all_streams, copier._stages, copier._buffers = (), [], []
-    movers = [weakref.ref(mover) for mover in copier._kernels.values()]
+    movers = [weakref.ref(runs._mover) for runs in copier._runs.values()]
     gc.disable()  # Nobody but the collector would find what knows itself.
     try:
         copier.close()

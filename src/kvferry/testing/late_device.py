@@ -150,7 +150,7 @@ class LateMover:
         return self.can
 
     @contextmanager
-    def listed(self, pages: Pages, heads: Numbers, lengths: Numbers) -> Iterator[Callable[[int, int, int], None]]:
+    def moving(self, pages: Pages, heads: Numbers, lengths: Numbers) -> Iterator[Callable[[int, int, int], None]]:
         def enqueue(first: int, end: int, packed: int) -> None:
             for plan in beside(pages, heads, lengths, packed)[first:end]:
                 self._stream.enqueue(partial(move, plan))

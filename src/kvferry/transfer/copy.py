@@ -124,10 +124,8 @@ class CopyEngine:
         regions = self._layout.regions
         region_bytes = max(1, rows.ids.size) * self._block_bytes / len(regions)
         fewest = -(-_RUN_BYTES * len(regions) // (self._block_bytes * self._strides.blocks_per_part))
-        first, a_step = (
-            max(fewest, int(num_bytes / region_bytes)) for num_bytes in (_STEP_BYTES // _FIRST_SHARE, _STEP_BYTES)
-        )
-        edges = range(first, len(regions) - fewest + 1, a_step)
+        first = max(fewest, int(_STEP_BYTES // _FIRST_SHARE / region_bytes))
+        edges = range(first, len(regions) - fewest + 1, max(fewest, int(_STEP_BYTES / region_bytes)))
         try:
             for which in itertools.starmap(slice, itertools.pairwise([0, *edges, len(regions)])):
                 last = copier.copy(Pages(rows, self._strides, direction, which))

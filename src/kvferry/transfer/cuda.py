@@ -27,7 +27,7 @@ from kvferry.observability.log import OnceLog
 from kvferry.transfer.host import move
 from kvferry.transfer.kernels import PageKernel, after_allocating
 from kvferry.transfer.plan import Addresses, Direction, Pages, Plan
-from kvferry.transfer.runs import RunCopies
+from kvferry.transfer.runs import PageMover, RunCopies
 
 logger = logging.getLogger(__name__)
 
@@ -183,9 +183,9 @@ class PinnedPieces:
             self.want(np.flatnonzero((np.cumsum(changes)[:-1] > 0) & ~pinned).tolist())
         return are_in
 
-    def cut(self, plan: Plan, addresses: Addresses) -> Plan:
+    def cut(self, plan: Plan, way: Direction) -> Plan:
         """The same copies, none of which crosses from one piece to another."""
-        return plan.cut_at_edges(addresses, self._base, PIECE_BYTES)
+        return plan.cut_at_edges(plan.in_arena(way), self._base, PIECE_BYTES)
 
     def want(self, pieces: list[int]) -> None:
         """Register these, and some after the last, as arenas fill upwards."""
@@ -244,22 +244,20 @@ class CudaCopier:
         self._arena_base = arena.data_ptr()
         self._pieces = PinnedPieces(self._runtime, self._arena_base, arena.numel())
         self._device = device
-        self._kernels = {way: PageKernel(stream) for way, stream in self.streams.items()}
-        self._log = OnceLog(logger)
         self._lock = threading.Lock()
         self._stages: list[tuple[torch.Tensor, Any]] = []
         self._buffers: list[torch.Tensor] = []
-        self._runs = {way: self._run_copies(way) for way in Direction}
+        self._runs = {way: self._run_copies(way, PageKernel(stream)) for way, stream in self.streams.items()}
         self._warming = threading.Thread(target=self._warm, name="kvferry-warm", daemon=True)
         self._warming.start()
 
-    def _run_copies(self, way: Direction) -> RunCopies:
+    def _run_copies(self, way: Direction, mover: PageMover) -> RunCopies:
         return RunCopies(
             way,
             self._wires[way],
             self._allocate,
-            self._kernels[way],
-            lambda plan: self._cut(plan, way),
+            mover,
+            lambda plan: self._pieces.cut(plan, way),
             lambda plan, wire: self._runtime.copy(plan, way, wire),
         )
 
@@ -272,7 +270,7 @@ class CudaCopier:
         direct, staged = (pages, None) if pinned.all() else (pages.only(pinned), pages.only(~pinned))
         last = self._runs[way].copy(direct, stream)
         if last is None:
-            self._runtime.copy(self._cut(direct.plan(), way), way, stream)
+            self._runtime.copy(self._pieces.cut(direct.plan(), way), way, stream)
         if staged is not None:
             with self._lock, torch.cuda.stream(stream):
                 self._copy_staged(staged.plan(), way, stream)
@@ -301,7 +299,6 @@ class CudaCopier:
         self._stages.clear()
         self._buffers.clear()
         self._runs.clear()
-        self._kernels.clear()
 
     def pin(self, seconds: float) -> bool:
         """Register the whole arena now; for benchmarks and tests. False: it took longer."""
@@ -317,9 +314,6 @@ class CudaCopier:
             after_allocating(stream)
         return buffer.data_ptr()
 
-    def _cut(self, plan: Plan, way: Direction) -> Plan:
-        return self._pieces.cut(plan, plan.in_arena(way))
-
     def wait_until_warm(self) -> None:
         """Until then pages are copied one by one."""
         self._warming.join()
@@ -332,7 +326,7 @@ class CudaCopier:
             for runs in self._runs.values():
                 runs.warm()
         except Exception as error:  # noqa: BLE001 - the thread's boundary; compilers raise what they like
-            self._log.warn("warm", "pages are copied one by one, which is slower: %r", error)
+            logger.warning("pages are copied one by one, which is slower: %r", error)
 
     def _make_stages(self) -> None:
         """If there are none yet. Within the lock."""

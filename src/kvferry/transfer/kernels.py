@@ -103,7 +103,7 @@ class PageKernel:
         return is_short and not any(int(np.bitwise_or.reduce(side[pages.regions])) % WORD_BYTES for side in sides)
 
     @contextmanager
-    def listed(self, pages: Pages, heads: Numbers, lengths: Numbers) -> Iterator[Callable[[int, int, int], None]]:
+    def moving(self, pages: Pages, heads: Numbers, lengths: Numbers) -> Iterator[Callable[[int, int, int], None]]:
         """What moves the pages of the rows from the first number up to the second, as often as it is called within:
         between the pool and where `pages.runs` has them, for these stretches and if those of row 0 were at the address
         given third. Within, the stream is the current one."""

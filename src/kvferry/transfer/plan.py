@@ -114,7 +114,7 @@ class Plan:
         heads = np.concatenate([[0], np.flatnonzero(breaks) + 1])
         return Plan(self.sources[heads], self.destinations[heads], np.add.reduceat(self.sizes, heads))
 
-    def only(self, which: npt.NDArray[np.bool_] | slice) -> Plan:
+    def only(self, which: slice) -> Plan:
         """Some of the copies."""
         return Plan(self.sources[which], self.destinations[which], self.sizes[which])
 

@@ -39,7 +39,7 @@ class PageMover(Protocol):
 
     def can_move(self, pages: Pages) -> bool: ...
 
-    def listed(
+    def moving(
         self, pages: Pages, heads: Numbers, lengths: Numbers
     ) -> AbstractContextManager[Callable[[int, int, int], None]]: ...
 
@@ -110,7 +110,7 @@ class RunCopies:
         if self._seen is not None:
             first.wait_event(self._seen)  # Of a load: the moment in which the copy engine has nothing to do.
         row_bytes, ends = pages.row_bytes, heads + lengths
-        with self._mover.listed(pages, heads, lengths) as move:
+        with self._mover.moving(pages, heads, lengths) as move:
             start = 0
             while start < heads.size:
                 head = int(heads[start])
